@@ -1,0 +1,203 @@
+"""Write an exported network as plain data, and put it back into a freshly built model of the user's own class.
+
+A folder holds ``weights.safetensors`` and ``plan.json``. Nothing that is read can execute: tensors come from
+safetensors, everything else from JSON, and only sizes of stock layers are set on the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import FileFormatError
+from .api import Exported, signature
+from .plan import Cut, Plan
+
+FORMAT_VERSION = 1
+"""Raised with every change that an older version of this library would read wrongly."""
+
+_WEIGHTS, _PLAN = "weights.safetensors", "plan.json"
+
+
+def save(exported: Exported, folder: str | os.PathLike[str]) -> Path:
+    """Write an exported network to a folder: weights as safetensors, the plan and its certificate as JSON.
+
+    Both files are written beside their place first and then moved, so that a failure leaves what was there.
+
+    Args:
+        exported: What `export` returned; its model may have been trained since.
+        folder: The folder; made if it does not exist.
+
+    Returns:
+        The folder.
+
+    Example:
+        >>> import tempfile, dgate_wrap as dg
+        >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> net = dg.gate(make(), "neurons", exclude="2.*")
+        >>> _ = dg.prune(net, ratio=0.5)
+        >>> folder = dg.save(dg.export(net, torch.randn(3, 4), latency=False), tempfile.mkdtemp())
+        >>> dg.load(folder, make())[0]
+        Linear(in_features=4, out_features=4, bias=True)
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {n: t.detach().cpu().contiguous().clone() for n, t in _state(exported.model).items()}
+    plan: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "torch_version": str(torch.__version__),
+        "model_class": f"{type(exported.model).__module__}.{type(exported.model).__qualname__}",
+        "signature": {n: [list(shape), dtype] for n, (shape, dtype) in exported.signature.items()},
+        "cuts": {n: asdict(c) for n, c in exported.plan.cuts.items()},
+        "groups": exported.plan.groups,
+        "new_biases": exported.plan.new_biases,
+        "certificate": asdict(exported.report.certificate),
+    }
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        save_file(weights, Path(scratch) / _WEIGHTS)
+        plan["weights_sha256"] = hashlib.sha256((Path(scratch) / _WEIGHTS).read_bytes()).hexdigest()
+        plan["plan_sha256"] = _digest(plan)
+        (Path(scratch) / _PLAN).write_text(json.dumps(plan, indent=1))
+        for name in (_WEIGHTS, _PLAN):
+            (Path(scratch) / name).replace(folder / name)
+    return folder
+
+
+def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Turn a freshly built model of the user's own class into the exported network that a folder holds.
+
+    The model is resized in place and returned. Everything is checked first: on an error it is as it was.
+
+    Args:
+        folder: A folder that `save` wrote.
+        model: A model with the shapes that the original had before gating.
+
+    Returns:
+        The same model, smaller, with the saved weights.
+
+    Raises:
+        FileFormatError: If a file is missing, truncated, edited or of a newer format, or the plan is of another model.
+
+    Example:
+        See `save`.
+    """
+    folder = Path(folder)
+    plan = _read_plan(folder)
+    weights = _read_weights(folder, plan)
+    _check_model(plan, model)
+    parsed = Plan({n: _cut(c) for n, c in plan["cuts"].items()}, dict(plan["groups"]), list(plan["new_biases"]))
+    _check_weights(parsed, weights, model)
+    devices = {n: t.device for n, t in _state(model).items()}
+    home = next(iter(devices.values()), torch.device("cpu"))
+    parsed.apply(model, {n: t.to(devices.get(n, home)) for n, t in weights.items()})
+    return model
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer once, under its first name; buffers that are not in the state dict too."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _cut(c: dict[str, Any]) -> Cut:
+    axes = {int(a): list(kept) for a, kept in c["axes"].items()}
+    return Cut(tuple(c["shape"]), axes, int(c["groups"]), c["columns"])
+
+
+def _digest(plan: dict[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in plan.items() if k != "plan_sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _bad(
+    found: str, expected: str, mend: str = "save the exported model again: dg.save(exported, folder)"
+) -> FileFormatError:
+    return FileFormatError(found, expected=expected, mend=mend)
+
+
+def _read_plan(folder: Path) -> dict[str, Any]:
+    path = folder / _PLAN
+    try:
+        plan: object = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise _bad(f"{path} does not exist.", "a folder that dg.save wrote") from None
+    except (ValueError, OSError) as e:
+        raise _bad(f"{path} is not readable as JSON ({e}).", "a whole plan") from None
+    if not isinstance(plan, dict) or not isinstance(cast("dict[str, Any]", plan).get("format_version"), int):
+        raise _bad(f"{path} has no format version.", "a plan that dg.save wrote")
+    plan = cast("dict[str, Any]", plan)
+    if plan["format_version"] > FORMAT_VERSION:
+        raise _bad(
+            f"{path} has format version {plan['format_version']}.",
+            f"version {FORMAT_VERSION} or older",
+            "upgrade dgate_wrap, which is older than the file",
+        )
+    if plan.get("plan_sha256") != _digest(plan):
+        raise _bad(f"{path} was edited or is damaged: its checksum differs.", "the plan as dg.save wrote it")
+    return plan
+
+
+def _read_weights(folder: Path, plan: dict[str, Any]) -> dict[str, Tensor]:
+    path = folder / _WEIGHTS
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as e:
+        raise _bad(f"{path} cannot be read ({e.strerror}).", "the weights beside their plan") from None
+    if digest != plan["weights_sha256"]:
+        raise _bad(
+            f"{path} is truncated, edited or of another export: its checksum differs.", "the weights of this plan"
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as e:
+        raise _bad(f"{path} is no safetensors file ({e}).", "weights that dg.save wrote") from None
+
+
+def _check_model(plan: dict[str, Any], model: nn.Module) -> None:
+    wanted = {n: (tuple(shape), dtype) for n, (shape, dtype) in plan["signature"].items()}
+    found = signature(model)
+    wrong = [
+        f"{n!r} is {found[n][0] if n in found else 'missing'}, was {wanted[n][0] if n in wanted else 'missing'}"
+        for n in dict.fromkeys([*wanted, *found])
+        if found.get(n, ((), ""))[0] != wanted.get(n, (None, ""))[0] or (n in found) != (n in wanted)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise FileFormatError(
+            f"the plan is of another model ({plan['model_class']}): {'; '.join(wrong[:4])}{more}.",
+            expected="a freshly built model with the parameters that the original had before gating",
+            mend="dg.load(folder, MyModel(same_arguments)); dg.ungate a gated model first",
+        )
+
+
+def _check_weights(plan: Plan, weights: dict[str, Tensor], model: nn.Module) -> None:
+    """Raise if the tensors do not fit what the plan makes of the model."""
+    expected = {n: tuple(t.shape) for n, t in _state(model).items()}
+    expected |= {(f"{n}.bias" if n else "bias"): () for n in plan.new_biases}
+    modules = dict(model.named_modules())
+    for name, cut in plan.cuts.items():
+        expected[name] = tuple(cut.apply(torch.empty(cut.shape, device="meta")).shape)
+    for name in plan.new_biases:
+        bias = f"{name}.bias" if name else "bias"
+        if not isinstance(modules.get(name), nn.Linear | nn.modules.conv._ConvNd):
+            raise _bad(
+                f"the plan gives a bias to {name!r}, which is no linear layer or convolution.", "a plan of this model"
+            )
+        expected[bias] = tuple(weights[bias].shape) if bias in weights else ()
+    for name in plan.groups:
+        if not isinstance(modules.get(name), nn.modules.conv._ConvNd):
+            raise _bad(f"the plan regroups {name!r}, which is no convolution.", "a plan of this model")
+    wrong = [n for n in {*expected, *weights} if n not in weights or tuple(weights[n].shape) != expected.get(n)]
+    if wrong:
+        raise _bad(
+            f"the weights do not fit the plan: {', '.join(map(repr, sorted(wrong)[:4]))}.", "one tensor per parameter"
+        )

@@ -1,0 +1,475 @@
+"""The D-Gating penalty in its three equivalent forms: a term, a gradient added at the step, and weight decay.
+
+    (λ/D) · Σ_g w_g ( ‖ω_g‖² + Σ_d γ_{g,d}² )
+
+whose local minima are those of ``λ · Σ_g w_g ‖w_g‖_2^{2/D}``. ``w_g`` are optional weights of the groups, 1 by default.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .errors import PenaltyError, PrecisionWarning
+from .factorization import norm_penalty, spread
+from .gating import GatedTensor, by_gates, omega_squares, require_gated
+from .groupings.select import matches
+
+GroupWeights = Literal["uniform", "sqrt_size"] | Mapping[str, float]
+
+_appliers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""γ → weak reference to what applies a penalty to it while an optimizer holds it: a `_StepHook` or `PenaltyGroup`."""
+
+
+def group_weights(tensors: list[GatedTensor], weights: GroupWeights) -> dict[int, Tensor]:
+    """Return the weight ``w_g`` of every group, shape ``(G,)`` per ``id(gates)``."""
+    out: dict[int, Tensor] = {}
+    used: set[str] = set()
+    known = ("uniform", "sqrt_size")
+    if not isinstance(weights, Mapping) and weights not in known:
+        raise PenaltyError(
+            f"weights={weights!r}.",
+            expected="'uniform', 'sqrt_size', or a mapping from kinds or globs on parameter names to numbers",
+            mend='dg.Penalty(model, lam=1e-4, weights={"conv1.*": 0.5})',
+        )
+    for gates, members in by_gates(tensors):
+        w = torch.ones(gates.num_groups, dtype=torch.float64, device=gates.gamma.device)
+        if isinstance(weights, Mapping):
+            for pattern, value in weights.items():
+                if gates.kind == pattern or any(matches(t.name, [pattern]) for t in members):
+                    w.fill_(_nonnegative(value, f"the weight of {pattern!r}"))
+                    used.add(pattern)
+        elif weights == "sqrt_size":
+            w = group_sizes(members).double().sqrt()
+        out[id(gates)] = w
+    idle = sorted(set(weights) - used) if isinstance(weights, Mapping) else []
+    if idle:
+        raise PenaltyError(
+            f"weights: {', '.join(map(repr, idle))} match no kind and no gated parameter.",
+            expected="kinds or globs among "
+            + ", ".join(sorted({g.kind for g, _ in by_gates(tensors)}))
+            + ", "
+            + ", ".join(t.name for t in tensors[:4]),
+            mend='dg.Penalty(model, lam=1e-4, weights={"filters": 0.5})',
+        )
+    return out
+
+
+def group_sizes(members: list[GatedTensor]) -> Tensor:
+    """Return how many weights each group has over all parameters that share its gates, int64, shape ``(G,)``."""
+    total = torch.zeros(members[0].gates.num_groups, dtype=torch.int64, device=members[0].gates.gamma.device)
+    for t in members:
+        index = t.gate.index
+        per_entry = t.omega.numel() // max(1, index.numel())
+        total += torch.bincount(index.flatten() + 1, minlength=total.numel() + 1)[1:].to(total.device) * per_entry
+    return total
+
+
+def _nonnegative(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+        raise PenaltyError(
+            f"{what} is {value!r}.", expected="a finite number of at least 0", mend="dg.Penalty(model, lam=1e-4)"
+        )
+    return float(value)
+
+
+class Penalty:
+    """The penalty of a gated model: differentiable term, or exact gradient inside any optimizer's step.
+
+    ``penalty()`` is the term ``(λ/D) · Σ_g w_g ( ‖ω_g‖² + Σ_d γ_{g,d}² )``, to be added to a loss. ``attach`` instead
+    adds its gradient, ``(2λ/D) · w_g · θ``, when the optimizer steps: after gradient scaling and clipping, once per
+    step whatever the number of accumulated batches, with no change of the loss. Use one of the two.
+
+    Args:
+        model: A gated model.
+        lam: λ, at least 0. May be changed at any time (``penalty.lam = ...``).
+        weights: ``w_g``: ``"uniform"`` (1), ``"sqrt_size"`` (root of the group's number of weights), or a mapping
+            from kinds or globs on parameter names to numbers; groups that match nothing have 1.
+
+    Raises:
+        NotGatedError: If the model holds no gates.
+        PenaltyError: If λ or a weight is negative or not finite, or weights match nothing.
+
+    Warns:
+        PrecisionWarning: If ω is trained in 16 bits, where small steps of the penalty round to nothing.
+
+    Example:
+        >>> import dgate_wrap as dg
+        >>> model = dg.gate(torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3)), "filters", D=2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> penalty = dg.Penalty(model, lam=1e-3).attach(optimizer)
+        >>> model(torch.randn(2, 1, 6, 6)).square().mean().backward()
+        >>> optimizer.step()
+        >>> penalty.lam = 2e-3
+
+    Reference:
+        Kolb et al., arXiv 2509.23898, equation of the D-Gating objective.
+    """
+
+    def __init__(self, model: nn.Module, lam: float, *, weights: GroupWeights = "uniform") -> None:
+        tensors = require_gated(model, "cannot penalize")
+        self.lam = lam
+        _warn_of_16_bits(tensors)
+        per_gates = group_weights(tensors, weights)
+        self._factors: list[tuple[nn.Parameter, float | Tensor]] = []
+        """Every factor θ with its coefficient ``w_g / D``: a number, or a tensor that broadcasts to θ."""
+        for t in tensors:
+            index = t.gate.index
+            w = per_gates[id(t.gates)] / t.gates.D
+            self._factors.append((t.omega, _coefficient(w, t, index)))
+        for gates, _ in by_gates(tensors):
+            w = per_gates[id(gates)] / gates.D
+            uniform = bool((w == w[0]).all())
+            self._factors.append((gates.gamma, float(w[0]) if uniform else w.to(gates.gamma.dtype).unsqueeze(1)))
+        self._gammas = [gates.gamma for gates, _ in by_gates(tensors)]
+        self._names = _factor_names(tensors)
+        self._hooks: list[weakref.ref[_StepHook]] = []
+
+    @property
+    def lam(self) -> float:
+        """λ."""
+        return self._lam
+
+    @lam.setter
+    def lam(self, value: float) -> None:
+        self._lam = _nonnegative(value, "lam")
+
+    def __call__(self) -> Tensor:
+        """Return the differentiable term, a scalar tensor.
+
+        Raises:
+            PenaltyError: If an optimizer applies a penalty to this model already.
+        """
+        if torch.is_grad_enabled():
+            self._refuse_twice()
+        return self._term()
+
+    def value(self) -> float:
+        """Return the term as a number, for logging, whether or not an optimizer applies it."""
+        with torch.no_grad():
+            return float(self._term())
+
+    def _term(self) -> Tensor:
+        total: Tensor | None = None
+        for theta, c in self._factors:
+            squares = theta * theta
+            part = squares.sum() * c if isinstance(c, float) else (squares * c).sum()
+            total = part if total is None else total + part.to(device=total.device)
+        return self.lam * cast(Tensor, total)
+
+    def attach(self, *optimizers: Optimizer, adopt: bool = False) -> Penalty:
+        """Add the penalty's exact gradient whenever the optimizers step, and return the penalty.
+
+        The gradient is added in a step pre-hook, so that loss, gradient scaling and clipping are the user's own. A
+        closure (LBFGS) gets the term added to its loss and the gradient at each evaluation.
+
+        Args:
+            optimizers: One optimizer, or several that share the model's factors among them.
+            adopt: Mend the first optimizer instead of raising: add gates that it lacks, and move factors that stand
+                under weight decay into a parameter group without.
+
+        Returns:
+            This penalty.
+
+        Raises:
+            PenaltyError: If a penalty is applied already, the optimizers lack a factor, or one of them decays
+                factors by itself. Nothing is then attached.
+        """
+        if not optimizers or not all(isinstance(cast(object, o), Optimizer) for o in optimizers):
+            raise PenaltyError(
+                f"attach got {', '.join(type(o).__name__ for o in optimizers) or 'nothing'}.",
+                expected="torch optimizers",
+                mend="penalty.attach(optimizer); of a wrapper, attach to the optimizer inside it",
+            )
+        self._refuse_twice()
+        self._check_covered(optimizers, adopt)
+        self._check_decay(optimizers, adopt)
+        if adopt:
+            _adopt(optimizers[0], optimizers, [p for p, _ in self._factors if p.requires_grad])
+        for optimizer in optimizers:
+            held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+            hook = _StepHook(self, [(p, c) for p, c in self._factors if id(p) in held and p.requires_grad])
+            hook.handle = optimizer.register_step_pre_hook(hook)
+            self._hooks.append(weakref.ref(hook))
+            for p, _ in hook.factors:
+                if any(p is g for g in self._gammas):
+                    _appliers[p] = weakref.ref(hook)
+        return self
+
+    def detach(self) -> None:
+        """Stop adding the gradient to the optimizers it was attached to."""
+        for ref in self._hooks:
+            hook = ref()
+            if hook is not None:
+                hook.remove()
+        self._hooks.clear()
+
+    def _refuse_twice(self) -> None:
+        if _applier(self._gammas) is not None:
+            gc.collect()  # an optimizer that was dropped, but stands in a reference cycle with its scheduler
+            applier = _applier(self._gammas)
+            if applier is not None:
+                raise PenaltyError(
+                    f"a penalty is applied to this model already, {applier.how}.",
+                    expected="one form of the penalty: penalty() in the loss, attach(optimizer), or dg.param_groups",
+                    mend="penalty.value() for logging; penalty.lam = ... to change λ; penalty.detach() to stop",
+                )
+
+    def _check_covered(self, optimizers: Iterable[Optimizer], adopt: bool) -> None:
+        held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+        missing = [self._names[id(p)] for p, _ in self._factors if p.requires_grad and id(p) not in held]
+        if missing and not adopt:
+            raise PenaltyError(
+                f"the optimizer lacks {len(missing)} of {len(self._factors)} factors: {_some(missing)}.",
+                expected="all trainable gates and gated weights among the optimizer's parameters",
+                mend="penalty.attach(optimizer, adopt=True) adds them; or make the optimizer after dg.gate",
+            )
+
+    def _check_decay(self, optimizers: Iterable[Optimizer], adopt: bool) -> None:
+        factors = {id(p) for p, _ in self._factors}
+        decayed = [
+            (o, p)
+            for o in optimizers
+            for g in o.param_groups
+            if g.get("weight_decay")
+            for p in g["params"]
+            if id(p) in factors
+        ]
+        if decayed and not adopt:
+            kinds = sorted({type(o).__name__ for o, _ in decayed})
+            raise PenaltyError(
+                f"{' and '.join(kinds)} decays {len(decayed)} factors by itself (weight_decay > 0): "
+                f"{_some([self._names[id(p)] for _, p in decayed])}. Coupled decay would add a second penalty, "
+                "decoupled decay (AdamW) has another minimum.",
+                expected="weight_decay=0 for gates and gated weights",
+                mend="penalty.attach(optimizer, adopt=True) exempts them; or set weight_decay=0",
+            )
+
+
+def _coefficient(w: Tensor, t: GatedTensor, index: Tensor) -> float | Tensor:
+    """Return ``w_g / D`` for the elements of ω: one number if it is the same for all, else a tensor; 0 if ungated."""
+    if t.gate.covers_all and bool((w == w[0]).all()):
+        return float(w[0])
+    return spread(w, index.to(w.device), 0.0).to(device=t.omega.device, dtype=t.omega.dtype)
+
+
+def _factor_names(tensors: list[GatedTensor]) -> dict[int, str]:
+    names = {id(t.omega): t.name for t in tensors}
+    return names | {id(g.gamma): f"gates of {m[0].name}" for g, m in by_gates(tensors)}
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _warn_of_16_bits(tensors: list[GatedTensor]) -> None:
+    narrow = [t.name for t in tensors if t.omega.dtype.itemsize < 4 and t.omega.requires_grad]
+    if narrow:
+        warnings.warn(
+            f"{_some(narrow)}: ω is trained in {tensors[0].omega.dtype}, where a relative step below "
+            f"{torch.finfo(tensors[0].omega.dtype).eps / 2:.1e} rounds to nothing: only the float32 gates shrink. "
+            "Expected float32 weights with autocast; mend: model.float() before dg.gate, "
+            "or dg.gate(..., train='gates').",
+            PrecisionWarning,
+            stacklevel=3,
+        )
+
+
+def _adopt(first: Optimizer, optimizers: Iterable[Optimizer], factors: list[nn.Parameter]) -> None:
+    """Add missing factors to an optimizer, and take decayed ones out of weight decay, keeping their other settings."""
+    wanted = {id(p): p for p in factors}
+    for optimizer in optimizers:
+        for group in list(optimizer.param_groups):
+            held = [p for p in group["params"] if id(p) in wanted]
+            for p in held:
+                del wanted[id(p)]
+            if held and group.get("weight_decay"):
+                group["params"] = [p for p in group["params"] if all(p is not h for h in held)]
+                optimizer.add_param_group({**group, "params": held, "weight_decay": 0.0})
+    if wanted and isinstance(first, torch.optim.LBFGS):  # it has one parameter group, of which it remembers the size
+        first.param_groups[0]["params"].extend(wanted.values())
+        first._numel_cache = None  # pyright: ignore[reportAttributeAccessIssue]
+        first.state.clear()
+    elif wanted:
+        extra: dict[str, Any] = {"params": list(wanted.values())}
+        if "weight_decay" in first.defaults:
+            extra["weight_decay"] = 0.0
+        first.add_param_group(extra)
+
+
+def _applier(gammas: list[nn.Parameter]) -> _StepHook | PenaltyGroup | None:
+    """Return what applies a penalty to any of these gates by now."""
+    for gamma in gammas:
+        ref = cast("weakref.ref[_StepHook | PenaltyGroup] | None", _appliers.get(gamma))
+        found = None if ref is None else ref()
+        if found is not None and found.active:
+            return found
+    return None
+
+
+class _StepHook:
+    """An optimizer step pre-hook that adds the gradient of a penalty to the factors that the optimizer holds."""
+
+    how = "by an optimizer that it is attached to"
+    handle: Any = None
+
+    def __init__(self, penalty: Penalty, factors: list[tuple[nn.Parameter, float | Tensor]]) -> None:
+        self.penalty = penalty
+        self.factors = factors
+        self.active = True
+
+    def remove(self) -> None:
+        self.active = False
+        self.handle.remove()
+
+    def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        itself, *given = args
+        closure = given[0] if given else kwargs.get("closure")
+        if closure is None:
+            self.add_gradient(self._scale(optimizer))
+            return None
+
+        def penalized() -> Any:
+            loss = closure()
+            self.add_gradient(1.0)
+            return None if loss is None else loss + self.penalty.value()
+
+        return ((itself, penalized, *given[1:]), kwargs) if given else (args, {**kwargs, "closure": penalized})
+
+    @staticmethod
+    def _scale(optimizer: Optimizer) -> float | Tensor:
+        """Return the factor by which gradients are still scaled: fused optimizers unscale inside their step."""
+        scale = getattr(optimizer, "grad_scale", None)
+        return 1.0 if scale is None else cast(Tensor, scale)
+
+    @torch.no_grad()
+    def add_gradient(self, scale: float | Tensor) -> None:
+        factor = 2 * self.penalty.lam * scale
+        plain: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        for theta, c in self.factors:
+            if theta.grad is None:
+                theta.grad = torch.zeros_like(theta)
+            if isinstance(c, float) and isinstance(factor, float):
+                grads, thetas = plain.setdefault(c, ([], []))
+                grads.append(theta.grad)
+                thetas.append(theta)
+            else:
+                theta.grad.add_(theta * (c * factor))
+        for c, (grads, thetas) in plain.items():
+            torch._foreach_add_(grads, thetas, alpha=c * cast(float, factor))
+
+
+class PenaltyGroup(dict[str, Any]):
+    """An optimizer's parameter group whose weight decay is the penalty; refuses decoupled decay."""
+
+    how = "as weight decay of an optimizer built from dg.param_groups"
+    active = True
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """Take an optimizer's default, unless it decouples the decay."""
+        if key == "decoupled_weight_decay" and default:
+            raise PenaltyError(
+                "the groups of dg.param_groups were given to an optimizer with decoupled weight decay (as AdamW has).",
+                expected="an optimizer that adds weight_decay · θ to the gradient: SGD, Adam, RMSprop, Adagrad",
+                mend="optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0); "
+                "dg.Penalty(model, lam).attach(optimizer)",
+            )
+        return super().setdefault(key, default)
+
+
+def param_groups(
+    model: nn.Module, lam: float, *, weights: GroupWeights = "uniform", **defaults: Any
+) -> list[dict[str, Any]]:
+    """Return optimizer groups whose ``weight_decay = 2 λ w_g / D`` is the penalty: no extra work in a step.
+
+    For optimizers with coupled decay (SGD, Adam, RMSprop, Adagrad), which add ``weight_decay · θ`` to the gradient.
+    Never for decoupled decay (AdamW, Muon, Adafactor, Lion): that is another objective. Optimizers that flag it are
+    refused.
+
+    Args:
+        model: A gated model.
+        lam: λ, at least 0.
+        weights: Weights of the groups, as in `Penalty`; must be constant within each parameter.
+        defaults: Options of every group (``lr=...``); ``weight_decay`` is that of the ungated parameters only.
+
+    Returns:
+        Groups of the factors, one per distinct decay, and one of all other trainable parameters.
+
+    Raises:
+        NotGatedError: If the model holds no gates.
+        PenaltyError: If λ is negative or not finite, or a parameter is gated in part or with unequal weights, which
+            one weight decay per parameter cannot express.
+
+    Example:
+        >>> import dgate_wrap as dg
+        >>> model = dg.gate(torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3)), "filters", D=2)
+        >>> groups = dg.param_groups(model, lam=1e-3, weight_decay=5e-4)
+        >>> [g["weight_decay"] for g in groups]
+        [0.001, 0.0005]
+        >>> optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    """
+    penalty = Penalty(model, lam, weights=weights)
+    penalty._refuse_twice()
+    uneven = [penalty._names[id(p)] for p, c in penalty._factors if not isinstance(c, float)]
+    if uneven:
+        raise PenaltyError(
+            f"{_some(uneven)}: some weights are ungated, or groups of one parameter have different weights.",
+            expected="parameters that are gated as a whole and evenly, since an optimizer decays whole parameters",
+            mend="dg.Penalty(model, lam).attach(optimizer)",
+        )
+    by_decay: dict[float, PenaltyGroup] = {}
+    for p, c in penalty._factors:
+        if p.requires_grad:
+            decay = 2 * penalty.lam * cast(float, c)
+            group = by_decay.setdefault(decay, PenaltyGroup({**defaults, "params": [], "weight_decay": decay}))
+            group["params"].append(p)
+            if any(p is g for g in penalty._gammas):
+                _appliers[p] = weakref.ref(group)
+    factors = {id(p) for p, _ in penalty._factors}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
+    return [*by_decay.values(), *([{**defaults, "params": rest}] if rest else [])]
+
+
+def group_penalty(model: nn.Module, lam: float = 1.0, *, weights: GroupWeights = "uniform") -> float:
+    """Return the non-smooth penalty ``λ · Σ_g w_g ‖w_g‖_2^{2/D}`` that the factors' L2 stands for.
+
+    By the inequality of arithmetic and geometric means it is at most ``Penalty(model, lam).value()``, with equality
+    exactly when every group is balanced.
+
+    Args:
+        model: A gated model.
+        lam: λ, at least 0.
+        weights: Weights of the groups, as in `Penalty`.
+
+    Returns:
+        The value, computed in float64 and exactly per group over all parameters that share it.
+
+    Raises:
+        NotGatedError: If the model holds no gates.
+        PenaltyError: If λ or a weight is negative or not finite.
+
+    Example:
+        >>> import dgate_wrap as dg
+        >>> model = dg.gate(torch.nn.Linear(2, 1, bias=False), "neurons", D=2)
+        >>> _ = torch.nn.init.ones_(model.parametrizations.weight.original)
+        >>> round(dg.group_penalty(model), 4), dg.Penalty(model, 1.0).value()
+        (1.4142, 1.5)
+    """
+    tensors = require_gated(model, "cannot compute a penalty")
+    lam = _nonnegative(lam, "lam")
+    per_gates = group_weights(tensors, weights)
+    with torch.no_grad():
+        values = [
+            (per_gates[id(g)] * norm_penalty(omega_squares(m), g.gamma.double())).sum() for g, m in by_gates(tensors)
+        ]
+    return lam * sum(float(v) for v in values)

@@ -1,0 +1,8 @@
+"""Tracing: from a model and example inputs to a graph of ATen operations that knows every parameter by name."""
+
+from __future__ import annotations
+
+from .capture import Inputs, Source, Trace, capture, normalize_inputs
+from .structure import Structure, find_structure
+
+__all__ = ["Inputs", "Source", "Structure", "Trace", "capture", "find_structure", "normalize_inputs"]

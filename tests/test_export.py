@@ -1,0 +1,389 @@
+"""Export equals the gated, pruned model: on random networks, and on each hard case by itself."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import PROGRAMS, RandomNetwork, randomize
+from torch import Tensor, nn
+
+import dgate_wrap as dg
+
+
+@torch.no_grad()
+def kill(model: nn.Module, share: float, generator: torch.Generator) -> None:
+    """Zero random groups of a gated model by hand; give the others gates that are not one."""
+    for module in model.modules():
+        if isinstance(module, dg.Gates):
+            doomed = torch.rand(module.num_groups, generator=generator) < share
+            sign = torch.randn(module.gamma.shape, generator=generator).sign()
+            module.gamma.copy_(torch.where(doomed.unsqueeze(1), 0.0, 1.1 * sign))
+
+
+@torch.no_grad()
+def assert_equal(model: nn.Module, small: nn.Module, x: Tensor, tolerance: float) -> None:
+    """Run both networks on inputs that export never saw."""
+    model.eval(), small.eval()
+    for batch in (1, 3):
+        new = torch.randn(batch, *x.shape[1:], dtype=x.dtype, generator=torch.Generator().manual_seed(7 + batch))
+        a, b = model(new), small(new)
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= tolerance * a.abs().max().clamp_min(1e-12)
+
+
+def export_or_constant(model: nn.Module, x: Tensor) -> dg.Exported | None:
+    """Export; ``None`` where export says that the pruned network is constant, which must then be true."""
+    try:
+        return dg.export(model, x, latency=False)
+    except dg.ExportError as e:
+        if "no output depends on the input" not in str(e):
+            raise
+        model.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), model(x + 1), rtol=0, atol=1e-12)
+        return None
+
+
+EXACT_REASONS = (
+    "never becomes empty",
+    "carries the constants",
+    "equally wide",
+    "differs from position to position",
+    "cannot be folded here",
+    "something alive",
+    "input of the model",
+    "output of the model",
+    "model's output depends on it",
+)
+
+
+@pytest.mark.parametrize(
+    ("groups", "examples"),
+    [
+        (["filters", "neurons"], 200),
+        (["channels"], 150),
+        (["filters"], 150),
+        (["in_channels"], 150),
+        (["kernels"], 150),
+    ],
+    ids=lambda v: "+".join(v) if isinstance(v, list) else "",
+)
+def test_export_of_random_networks_equals_the_gated_model(groups: list[str], examples: int) -> None:
+    exported = 0
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @given(
+        program=PROGRAMS,
+        seed=st.integers(0, 10**6),
+        share=st.sampled_from([0.25, 0.4, 0.7]),
+        dtype=st.sampled_from([torch.float64, torch.float32]),
+    )
+    def law(program: dict[str, Any], seed: int, share: float, dtype: torch.dtype) -> None:
+        nonlocal exported
+        generator = torch.Generator().manual_seed(seed)
+        model = RandomNetwork(program).to(dtype)
+        randomize(model, generator)
+        x = torch.randn(2, program["channels"], *[program["size"]] * program["dims"], dtype=dtype, generator=generator)
+        try:
+            dg.gate(model, groups, D=2, example_inputs=x)
+        except dg.GroupingError as e:
+            if "selects no weight" in str(e):
+                return
+            raise
+        kill(model, share, generator)
+        result = export_or_constant(model, x)
+        if result is None:
+            return
+        exported += 1
+        assert_equal(model, result.model, x, 1e-10 if dtype is torch.float64 else 1e-5)
+        assert not result.report.frozen
+        for kept in result.report.kept:
+            assert any(reason in kept.reason for reason in EXACT_REASONS), kept
+
+    law()
+    assert exported >= 100
+
+
+class Residual(nn.Module):
+    """conv-BN-ReLU-conv-BN beside a skip: what stays of a sum, and constants across zero padding."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, 12, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(12)
+        self.conv2 = nn.Conv2d(12, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels * 9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = x + self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
+        return self.fc(F.max_pool2d(x, 2).flatten(1))
+
+
+def random_residual(seed: int = 0) -> Residual:
+    model = Residual()
+    randomize(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def zero_groups(model: nn.Module, parameter: str, groups: list[int]) -> None:
+    """Zero groups of one gated parameter."""
+    host, _, name = parameter.rpartition(".")
+    gate = model.get_submodule(host).parametrizations[name][0]
+    with torch.no_grad():
+        gate.gates.gamma[groups] = 0
+
+
+IMAGE = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def test_inner_filters_go_with_their_norm_and_the_columns_behind_them() -> None:
+    model = dg.gate(random_residual(), "filters")
+    zero_groups(model, "conv1.weight", [0, 3, 4, 7, 9])
+    with torch.no_grad():
+        model.norm1.running_mean.zero_()
+        model.norm1.bias[[0, 3, 4, 7, 9]] = -1.0  # relu makes the constant zero: nothing to carry
+    small = dg.export(model, IMAGE).model
+    assert small.conv1.weight.shape == (7, 8, 3, 3)
+    assert small.norm1.running_mean.shape == small.norm1.weight.shape == (7,)
+    assert small.conv2.weight.shape == (8, 7, 3, 3)
+    assert (small.conv1.out_channels, small.norm1.num_features, small.conv2.in_channels) == (7, 7, 7)
+    assert_equal(model, small, IMAGE, 1e-5)
+
+
+def test_constants_cross_a_zero_padded_convolution_on_one_merged_channel() -> None:
+    model = dg.gate(random_residual().double(), "filters")
+    zero_groups(model, "conv1.weight", [0, 1, 2, 3, 4])
+    with torch.no_grad():
+        model.norm1.bias[:5] = torch.tensor([0.5, 1.0, -1.0, 2.0, 0.1])
+        model.norm1.running_mean[:5] = 0
+    result = dg.export(model, IMAGE.double())
+    assert result.model.conv1.weight.shape[0] == 8  # 7 alive and one that carries four constants; one was negative
+    assert_equal(model, result.model, IMAGE.double(), 1e-12)
+    [kept] = result.report.kept
+    assert kept.groups == 1
+    assert "carries the constants" in kept.reason
+    assert "conv2d" in kept.reason
+
+    def trunk(m: Any, x: Tensor) -> Tensor:
+        return m.norm2(m.conv2(m.norm1(m.conv1(m.stem(x).relu())).relu()))
+
+    larger = torch.randn(2, 3, 7, 9).double()  # the head is written for one size, the trunk is not
+    torch.testing.assert_close(trunk(model, larger), trunk(result.model, larger))
+
+
+def test_a_channel_that_one_branch_of_a_sum_needs_is_kept_and_the_reason_names_the_sum() -> None:
+    model = dg.gate(random_residual(), "filters")
+    zero_groups(model, "conv2.weight", [1, 2])
+    zero_groups(model, "stem.weight", [2, 5])
+    result = dg.export(model, IMAGE)
+    assert result.model.stem.weight.shape[0] == 7  # 2 is dead in both branches, 1 and 5 in one only
+    assert result.model.fc.weight.shape == (5, 7 * 9)
+    reasons = {(k.parameter, k.groups) for k in result.report.kept if "aten.add" in k.reason}
+    assert reasons == {("conv2.weight", 1), ("stem.weight", 1)}
+    assert_equal(model, result.model, IMAGE, 1e-5)
+
+
+def test_a_bias_is_made_where_constants_need_one() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 3, bias=False)).double()
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model, "neurons", exclude="2.*")
+    zero_groups(model, "0.weight", [1, 2])
+    result = dg.export(model, torch.randn(2, 4).double())
+    assert result.plan.new_biases == ["2"]
+    assert result.model[2].bias.shape == (3,)
+    assert_equal(model, result.model, torch.randn(2, 4).double(), 1e-12)
+
+
+def test_a_module_applied_twice_keeps_constants_that_two_uses_do_not_share() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.shared, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.shared(self.shared(self.first(x).sigmoid()).sigmoid()))
+
+    model = Twice().double()
+    randomize(model, torch.Generator().manual_seed(2))
+    dg.gate(model, "neurons", exclude="last.*")
+    zero_groups(model, "first.weight", [0, 1])
+    zero_groups(model, "shared.weight", [0, 3])
+    result = dg.export(model, torch.randn(2, 4).double())
+    assert_equal(model, result.model, torch.randn(2, 4).double(), 1e-12)
+
+
+def test_sizes_written_in_the_code_are_kept_and_reported() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.left, self.right = nn.Linear(4, 12), nn.Linear(6, 5), nn.Linear(6, 5)
+            self.out = nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.wide(x).relu().split(6, 1)
+            return self.out((self.left(a) * self.right(b)).tanh())
+
+    model = Halves()
+    randomize(model, torch.Generator().manual_seed(3))
+    dg.gate(model, "neurons", exclude="out.*")
+    zero_groups(model, "wide.weight", [0, 1, 2])
+    zero_groups(model, "left.weight", [1])
+    zero_groups(model, "right.weight", [1])
+    result = dg.export(model, torch.randn(2, 4))
+    assert result.model.wide.weight.shape == (12, 4)  # 3 + 6 channels: split(6) could not express it
+    assert result.model.left.weight.shape == (4, 6)  # what the split does not see still goes
+    assert result.report.frozen
+    assert any("written in the code" in k.reason for k in result.report.kept)
+    assert_equal(model, result.model, torch.randn(2, 4), 1e-5)
+
+
+def test_an_operation_without_a_rule_holds_back_what_meets_it_and_is_named() -> None:
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(self.a(x).relu().sort(1).values).relu())
+
+    model = Sorted()
+    randomize(model, torch.Generator().manual_seed(4))
+    dg.gate(model, "neurons", exclude="c.*")
+    zero_groups(model, "a.weight", [0])
+    zero_groups(model, "b.weight", [0])
+    result = dg.export(model, torch.randn(2, 4))
+    assert result.model.a.weight.shape[0] == 6
+    assert result.model.b.weight.shape[0] == 5
+    [kept] = result.report.kept
+    assert "aten.sort" in kept.reason
+    assert "test_export.py" in kept.reason
+
+
+def test_the_given_model_stays_gated_trainable_and_as_it_was() -> None:
+    model = dg.gate(random_residual(), "filters").train()
+    zero_groups(model, "conv1.weight", [0, 1])
+    before = copy.deepcopy(model.state_dict())
+    rng = torch.get_rng_state()
+    dg.export(model, IMAGE)
+    assert model.training
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(rng, torch.get_rng_state())
+    model(IMAGE).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_exported_model_is_plain_and_trains() -> None:
+    model = dg.gate(random_residual(), "filters")
+    dg.prune(model, ratio=0.5)
+    result = dg.export(model, IMAGE)
+    assert [type(m) for m in result.model.modules()] == [type(m) for m in random_residual().modules()]
+    small = copy.deepcopy(result.model).train()
+    optimizer = torch.optim.SGD(small.parameters(), 0.01)
+    start = small(IMAGE).square().mean()
+    for _ in range(5):
+        optimizer.zero_grad()
+        small(IMAGE).square().mean().backward()
+        optimizer.step()
+    assert small(IMAGE).square().mean() < start
+
+
+def test_report_counts_before_and_after() -> None:
+    model = dg.gate(random_residual(), "filters")
+    zero_groups(model, "conv1.weight", list(range(6)))
+    plain = sum(p.numel() for p in random_residual().parameters())
+    report = dg.export(model, IMAGE).report
+    assert report.before.parameters == plain
+    assert report.after.parameters < plain
+    assert report.before.flops > report.after.flops > 0
+    assert report.before.bytes > report.after.bytes
+    assert report.speedup is not None
+    assert report.layers["conv1"][0].parameters == 12 * 8 * 9
+    assert report.removed + sum(k.groups for k in report.kept) == report.pruning.dead == 6
+    assert report.certificate.max_error["float64"] <= 1e-10
+    assert "conv1" in str(report)
+
+
+def test_tolerance_prunes_on_the_copy_only() -> None:
+    model = dg.gate(random_residual(), "filters")
+    norms = dg.groups(model).norm
+    report = dg.export(model, IMAGE, tol=float(norms.median()), latency=False).report
+    assert report.pruning.dead == int((norms <= norms.median()).sum())
+    assert bool(dg.groups(model).alive.all())
+
+
+def test_inputs_as_tuple_dict_and_keywords() -> None:
+    class TwoInputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 6), nn.Linear(2, 6), nn.Linear(6, 2)
+
+        def forward(self, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+            return {"y": self.c((self.a(left) + self.b(right)).relu())}
+
+    model = dg.gate(TwoInputs(), "neurons", exclude="c.*")
+    zero_groups(model, "a.weight", [1, 2])
+    zero_groups(model, "b.weight", [2, 3])
+    left, right = torch.randn(2, 3), torch.randn(2, 2)
+    for args, kwargs in [((left, right), None), ({"left": left, "right": right}, None), ((left,), {"right": right})]:
+        result = dg.export(model, args, kwargs, latency=False)
+        assert result.model.c.weight.shape == (2, 5)
+        torch.testing.assert_close(result.model(left, right)["y"], model(left, right)["y"])
+
+
+def test_every_group_dead_is_refused() -> None:
+    model = dg.gate(random_residual(), "filters")
+    dg.prune(model, ratio=1.0)
+    with pytest.raises(dg.ExportError, match="no output depends on the input"):
+        dg.export(model, IMAGE)
+
+
+def test_a_dead_branch_keeps_one_channel_per_layer() -> None:
+    model = dg.gate(random_residual(), "filters")
+    zero_groups(model, "conv1.weight", list(range(12)))
+    result = dg.export(model, IMAGE)
+    assert result.model.conv1.weight.shape[0] >= 1
+    assert_equal(model, result.model, IMAGE, 1e-5)
+    assert sum("never becomes empty" in k.reason or "carries" in k.reason for k in result.report.kept) == 1
+
+
+def test_export_of_an_ungated_model_is_refused() -> None:
+    with pytest.raises(dg.NotGatedError, match=r"dg\.gate"):
+        dg.export(random_residual(), IMAGE)
+
+
+def test_a_reference_that_is_not_finite_is_refused() -> None:
+    model = dg.gate(random_residual(), "filters")
+    with torch.no_grad():
+        model.fc.bias[0] = float("nan")
+    with pytest.raises(dg.ExportError, match="not finite"):
+        dg.export(model, IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "match"),
+    [(None, "example inputs are needed"), (3, "is a int"), (torch.randn(2, 5), "does not run on the example inputs")],
+)
+def test_missing_or_wrong_example_inputs(inputs: Any, match: str) -> None:
+    model = dg.gate(random_residual(), "filters")
+    with pytest.raises(dg.TraceError, match=match):
+        dg.export(model, inputs)
+
+
+def test_a_wrong_cut_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verification itself must be able to fail: lose the constants on purpose."""
+    from dgate_wrap.export import widths
+
+    monkeypatch.setattr(widths.Widths, "_fold", lambda self, family, node: None)
+    model = dg.gate(nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 3)), "neurons", exclude="2.*")
+    zero_groups(model, "0.weight", [1, 2])
+    with pytest.raises(dg.ExportError, match="differs by"):
+        dg.export(model, torch.randn(2, 4))

@@ -1,0 +1,156 @@
+"""Files: a round trip through plain data, and every way in which a folder can be wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import randomize
+from torch import nn
+
+import dgate_wrap as dg
+
+
+def build() -> nn.Module:
+    """A fresh model of the user's own class: grouped and depthwise convolutions, a made bias and BatchNorm."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Sigmoid(),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 6, 1, bias=False),
+        nn.Flatten(),
+        nn.Linear(6 * 4, 5),
+        nn.Sigmoid(),
+        nn.Linear(5, 3, bias=False),
+    )
+    randomize(model, torch.Generator().manual_seed(0))
+    return model
+
+
+X = torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def exported() -> dg.Exported:
+    model = dg.gate(build(), ["filters", "neurons"], exclude="8.*")
+    dg.prune(model, ratio=0.4)
+    return dg.export(model, X, latency=False)
+
+
+@pytest.fixture
+def folder(exported: dg.Exported, tmp_path: Path) -> Path:
+    return dg.save(exported, tmp_path / "net")
+
+
+def test_round_trip_is_bit_equal(exported: dg.Exported, folder: Path) -> None:
+    fresh = nn.Sequential(*build())
+    with torch.no_grad():
+        for p in fresh.parameters():
+            p.normal_()
+    loaded = dg.load(folder, fresh)
+    assert loaded is fresh
+    assert torch.equal(loaded.eval()(X), exported.model.eval()(X))
+    assert {n: p.shape for n, p in loaded.named_parameters()} == {
+        n: p.shape for n, p in exported.model.named_parameters()
+    }
+    assert str(loaded) == str(exported.model)
+    assert exported.plan.new_biases
+    assert exported.plan.groups
+
+
+def test_trained_since_export(exported: dg.Exported, tmp_path: Path) -> None:
+    with torch.no_grad():
+        exported.model[0].weight.mul_(2)
+    loaded = dg.load(dg.save(exported, tmp_path), build())
+    assert torch.equal(loaded.eval()(X), exported.model.eval()(X))
+
+
+def test_folder_holds_plain_data_only(folder: Path) -> None:
+    assert sorted(p.name for p in folder.iterdir()) == ["plan.json", "weights.safetensors"]
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["format_version"] == 1
+    assert plan["certificate"]["max_error"]["float64"] < 1e-10
+    for p in folder.iterdir():
+        with pytest.raises((pickle.UnpicklingError, ValueError, KeyError, IndexError, EOFError, UnicodeDecodeError)):
+            pickle.loads(p.read_bytes())
+
+
+def test_saving_again_replaces(exported: dg.Exported, folder: Path) -> None:
+    with torch.no_grad():
+        exported.model[0].weight.add_(1)
+    dg.save(exported, folder)
+    assert torch.equal(dg.load(folder, build())[0].weight, exported.model[0].weight)
+
+
+def edit(change: Callable[[dict[str, Any]], None], *, rehash: bool = False) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        from dgate_wrap.export.files import _digest
+
+        plan = json.loads((folder / "plan.json").read_text())
+        change(plan)
+        if rehash:
+            plan["plan_sha256"] = _digest(plan)
+        (folder / "plan.json").write_text(json.dumps(plan))
+
+    return apply
+
+
+def truncate(name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+
+    return apply
+
+
+def flip_a_bit(folder: Path) -> None:
+    data = bytearray((folder / "weights.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "weights.safetensors").write_bytes(data)
+
+
+BROKEN = {
+    "truncated plan": (truncate("plan.json"), "not readable as JSON"),
+    "truncated weights": (truncate("weights.safetensors"), "truncated, edited"),
+    "edited weights": (flip_a_bit, "truncated, edited"),
+    "edited plan": (edit(lambda p: p["cuts"].clear()), "checksum differs"),
+    "newer format": (edit(lambda p: p.update(format_version=99)), "format version 99"),
+    "no version": (edit(lambda p: p.pop("format_version")), "no format version"),
+    "a list": (lambda f: (f / "plan.json").write_text("[]"), "no format version"),
+    "no plan": (lambda f: (f / "plan.json").unlink(), "does not exist"),
+    "no weights": (lambda f: (f / "weights.safetensors").unlink(), "cannot be read"),
+    "bias for a norm": (edit(lambda p: p["new_biases"].append("1"), rehash=True), "no linear layer"),
+    "regrouped norm": (edit(lambda p: p["groups"].update({"1": 2}), rehash=True), "no convolution"),
+    "cuts that do not fit": (edit(lambda p: p["cuts"].clear(), rehash=True), "do not fit the plan"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_folder_is_refused_and_the_model_left_alone(case: str, folder: Path) -> None:
+    spoil, match = BROKEN[case]
+    spoil(folder)
+    model = build()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(dg.FileFormatError, match=match) as e:
+        dg.load(folder, model)
+    assert e.value.mend
+    assert str(model) == str(build())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_plan_of_another_model_is_refused(folder: Path) -> None:
+    other = nn.Sequential(nn.Linear(3, 4))
+    with pytest.raises(dg.FileFormatError, match=r"of another model .*'0.weight' is \(4, 3\), was \(8, 2, 3, 3\)"):
+        dg.load(folder, other)
+    assert other[0].weight.shape == (4, 3)
+
+
+def test_a_gated_model_is_refused(folder: Path) -> None:
+    with pytest.raises(dg.FileFormatError, match=r"dg\.ungate"):
+        dg.load(folder, dg.gate(build(), "filters"))

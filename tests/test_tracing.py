@@ -1,0 +1,194 @@
+"""The trace and the label interpreter, checked by an oracle that zeroes weights and watches what becomes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import PROGRAMS, RandomNetwork, randomize
+from torch import Tensor, nn
+from zoo import ZOO
+
+import dgate_wrap as dg
+from dgate_wrap.tracing import Structure, Trace, capture, find_structure
+from dgate_wrap.tracing.structure import FIXED, ZERO, label_of, state_of
+
+
+def watch(trace: Trace, structure: Structure, most: int = 12) -> int:
+    """Zero the weights of one class after the other, run on two inputs, and look at every labelled position.
+
+    A word of state ``ZERO`` promises exact zeros, one of state ``FIXED`` the same value for both inputs. Returns how
+    many classes were tried.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(x: Any) -> Any:
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype) if x.is_floating_point() else x
+
+    labels = structure.channel_labels()
+    classes = torch.cat([t[t >= 0].flatten() for t in labels.values()]).unique() if labels else torch.empty(0)
+    chosen = classes[torch.randperm(len(classes), generator=generator)[:most]].tolist()
+    words = {n: w for n, w in structure.words.items() if isinstance(w, Tensor) and n.op == "call_function"}
+    for label in chosen:
+        weights: dict[Any, Any] = {}
+        for node, source in trace.sources.items():
+            value = source.value
+            if source.kind == "parameter":
+                value = noise(value)
+                if source.name in labels:
+                    value = value.masked_fill(labels[source.name] == label, 0)
+            weights[node] = value
+        inputs = [n for n, s in trace.sources.items() if s.kind == "input" and isinstance(s.value, Tensor)]
+        runs = [trace.run({**weights, **{n: noise(trace.sources[n].value) for n in inputs}}) for _ in range(2)]
+        for node, w in words.items():
+            here = structure.classes(label_of(w)) == label
+            a, b = (r[node] for r in runs)
+            zero, fixed = here & (state_of(w) == ZERO), here & (state_of(w) == FIXED)
+            assert not a[zero].any(), f"{node}: a dead channel is not zero"
+            assert torch.equal(a[fixed], b[fixed]), f"{node}: a dead channel is not constant"
+    return len(chosen)
+
+
+def trace_of(model: nn.Module, *inputs: Tensor) -> tuple[Trace, Structure]:
+    trace = capture(model, inputs)
+    return trace, find_structure(trace)
+
+
+def census(structure: Structure) -> dict[str, tuple[int, int]]:
+    """Count, per producer weight, its rows and the classes they fall into: over-union shows as few classes."""
+    return {
+        s.name: (s.labels.numel(), structure.classes(s.labels).unique().numel()) for s in structure.slots if s.producer
+    }
+
+
+@pytest.mark.parametrize("entry", ZOO, ids=lambda e: e.name)
+def test_zeroing_a_class_does_what_its_words_promise(entry: Any) -> None:
+    model = entry.make()
+    trace, structure = trace_of(model, *entry.make_inputs())
+    tried = watch(trace, structure)
+    assert (tried > 0) == bool(structure.channel_labels())
+    assert structure.words
+
+
+def test_random_networks_keep_their_promises_and_unite_no_more_than_they_must() -> None:
+    tried = 0
+
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @given(program=PROGRAMS, seed=st.integers(0, 10**6))
+    def law(program: dict[str, Any], seed: int) -> None:
+        nonlocal tried
+        model = RandomNetwork(program).double()
+        randomize(model, torch.Generator().manual_seed(seed))
+        x = torch.randn(2, program["channels"], *[program["size"]] * program["dims"]).double()
+        trace, structure = trace_of(model, x)
+        tried += watch(trace, structure, most=4)
+        for name, (rows, classes) in census(structure).items():
+            conv = model.get_submodule(name.rpartition(".")[0])
+            chained = any(getattr(m, "groups", 1) > 1 for m in model.modules())
+            assert classes == rows or chained, (name, conv, rows, classes)
+
+    law()
+    assert tried > 60
+
+
+class Coupled(nn.Module):
+    """A residual stream with a concat, a depthwise convolution, squeeze-excite and a flattened head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.branch = nn.Conv2d(4, 4, 3, padding=1)
+        self.depthwise = nn.Conv2d(4, 8, 3, padding=1, groups=4)
+        self.down, self.up = nn.Linear(8, 2), nn.Linear(2, 8)
+        self.side = nn.Conv2d(3, 2, 1)
+        self.head = nn.Linear(10 * 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.stem(x)).relu()
+        y = self.depthwise(y + self.branch(y))
+        scale = self.up(self.down(y.mean((2, 3))).relu()).sigmoid()
+        y = torch.cat([y * scale[:, :, None, None], self.side(x)], 1)
+        return self.head(F.adaptive_avg_pool2d(y, 2).flatten(1))
+
+
+def test_channels_are_coupled_from_end_to_end() -> None:
+    model = Coupled()
+    _, structure = trace_of(model, torch.randn(2, 3, 6, 6))
+    labels = structure.channel_labels()
+    stream = labels["stem.weight"].flatten().tolist()
+    assert len(set(stream)) == 4
+    for name in ("stem.bias", "norm.weight", "norm.bias", "branch.weight", "branch.bias"):
+        assert labels[name].flatten().tolist() == stream
+    assert labels["depthwise.weight"].flatten().tolist() == [c for c in stream for _ in range(2)]
+    assert labels["up.weight"].flatten().tolist() == labels["depthwise.weight"].flatten().tolist()
+    assert len(set(labels["side.weight"].flatten().tolist())) == 2
+    assert len(set(labels["down.weight"].flatten().tolist())) == 2
+    assert "head.weight" not in labels  # its rows are the model's outputs
+
+
+def test_a_barrier_freezes_what_meets_it_and_is_reported_with_its_line() -> None:
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 7), nn.Linear(7, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(self.a(x).sort(1).values).relu())
+
+    _, structure = trace_of(Sorted(), torch.randn(2, 4))
+    assert set(structure.channel_labels()) == {"b.weight", "b.bias"}
+    [(reason, count)] = structure.barriers.items()
+    assert count == 6
+    assert "aten.sort" in reason
+    assert "test_tracing.py" in reason
+
+
+def test_the_channels_grouping_removes_whole_channels_at_export() -> None:
+    model = Coupled()
+    x = torch.randn(2, 3, 6, 6)
+    dg.gate(model, "channels", example_inputs=x)
+    with torch.no_grad():
+        for t in dg.gating.gated_tensors(model):
+            if t.name in ("stem.weight", "side.weight"):
+                t.gates.gamma[1] = 0
+    result = dg.export(model, x, latency=False)
+    assert result.report.removed == result.report.pruning.dead == 2
+    assert result.model.stem.weight.shape[0] == 3
+    assert result.model.depthwise.groups == 3
+    assert result.model.side.weight.shape[0] == 1
+    assert result.model.head.in_features == 4 * (3 * 2 + 1)
+
+
+def test_channels_need_example_inputs() -> None:
+    model = Coupled()
+    with pytest.raises(dg.TraceError, match="example_inputs="):
+        dg.gate(model, "channels")
+    assert type(model.stem) is nn.Conv2d
+
+
+def test_a_model_that_cannot_be_traced_is_refused_in_words() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) if x.sum() > 0 else -self.fc(x)
+
+    with pytest.raises(dg.TraceError, match="Branching cannot be traced") as e:
+        dg.gate(Branching(), "channels", example_inputs=torch.randn(2, 3))
+    assert "submodule" in e.value.mend
+
+
+def test_tracing_leaves_the_model_as_it_was() -> None:
+    model = Coupled().train()
+    model.norm.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    capture(model, torch.randn(2, 3, 6, 6))
+    assert model.training
+    assert not model.norm.training
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
