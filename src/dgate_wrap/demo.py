@@ -48,7 +48,7 @@ class Settings:
     batch: int = 64
 
 
-FULL = Settings((32, 64, 64), 18, {2: (0.5, 1.0, 2.0), 3: (0.1, 0.15, 0.2), 4: (0.06, 0.1, 0.15)})
+FULL = Settings((32, 64, 64), 16, {2: (0.25, 0.5, 1.0), 3: (0.1, 0.15, 0.2), 4: (0.06, 0.1, 0.15)})
 QUICK = Settings((8, 16, 16), 4, {2: (0.2,), 3: (0.1,), 4: (0.1,)})
 
 
@@ -147,14 +147,17 @@ def shifted(x: Tensor, rng: torch.Generator) -> Tensor:
 def train(
     model: nn.Module, data: Digits, settings: Settings, seed: int, lam: float, advance: Callable[[], None]
 ) -> None:
-    """Train in the ordinary way; if the model is gated, penalize it and set filters to zero once they are small.
+    """Train in the ordinary way; if the model is gated, penalize it for three quarters of the epochs.
+
+    From half of the epochs on, filters that are small are set to zero, which they stay. The last quarter trains what is
+    left without the penalty.
 
     Args:
         model: Dense, or gated if ``lam`` is positive.
         data: The images.
         settings: How to train.
         seed: Of the order of the images, and of their shifts.
-        lam: λ, reached over the first quarter of the epochs; 0 for a dense model.
+        lam: λ, reached over the first quarter; 0 for a dense model.
         advance: Called after every epoch.
     """
     rng = torch.Generator().manual_seed(seed)
@@ -165,14 +168,15 @@ def train(
     for epoch in range(settings.epochs):
         model.train()
         if penalty:
-            penalty.lam = lam * min(1.0, 4 * (epoch + 1) / settings.epochs)
+            done = epoch / settings.epochs
+            penalty.lam = lam * min(1.0, 4 * done + 4 / settings.epochs) if done < 0.75 else 0.0
         for rows in torch.randperm(len(data.train_y), generator=rng).split(settings.batch)[:steps]:
             loss = F.cross_entropy(model(shifted(data.train_x[rows], rng)), data.train_y[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        if penalty and epoch >= settings.epochs // 2:
+        if penalty and penalty.lam and epoch >= settings.epochs // 2:
             dg.prune(model, tol=TOL, optimizer=optimizer)
         advance()
 
@@ -224,10 +228,8 @@ def rows_of(runs: Sequence[Run], seconds: Sequence[float]) -> list[dict[str, Any
     report = next(r.exported.report for r in runs if r.exported)
     rows: list[dict[str, Any]] = []
     for run, latency in zip(runs, seconds, strict=True):
-        size, pruning = (
-            (run.exported.report.after, run.exported.report.pruning) if run.exported else (report.before, None)
-        )
-        total = report.pruning.total
+        size = run.exported.report.after if run.exported else report.before
+        dead = run.exported.report.pruning.dead if run.exported else 0
         rows.append(
             {
                 "network": run.name,
@@ -235,8 +237,8 @@ def rows_of(runs: Sequence[Run], seconds: Sequence[float]) -> list[dict[str, Any
                 "lam": run.lam,
                 "accuracy": run.accuracy,
                 "train_loss": run.loss,
-                "groups_alive": total - pruning.dead if pruning else total,
-                "groups": total,
+                "groups_alive": report.pruning.total - dead,
+                "groups": report.pruning.total,
                 "parameters": size.parameters,
                 "flops_per_image": size.flops / IMAGES,
                 "latency": latency,
@@ -320,14 +322,8 @@ def demo(*, seed: int = 0, out: Path = Path("demo_out"), quick: bool = False, th
     data = load_digits()
     jobs = [(1, 0.0), *((D, lam) for D, lams in settings.lams.items() for lam in lams)]
     runs: list[Run] = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    text = TextColumn("{task.description}")
+    with Progress(text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("training", total=len(jobs) * settings.epochs)
         for D, lam in jobs:
             progress.update(task, description=f"D={D}, λ={lam:g}" if D > 1 else "dense")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from ..tracing import Inputs, capture, normalize_inputs
 from ..tracing.capture import operation
 from .facts import Facts
 from .plan import Permissions, Plan, make_plan
-from .report import Kept, Report, count_kept, latencies, measure
+from .report import Kept, Report, find_kept, latencies, measure
 from .verify import Certificate, Verifier, to_double
 from .widths import Widths
 
@@ -122,13 +122,14 @@ def _dead_groups(tensors: list[GatedTensor]) -> dict[int, Tensor]:
 
 
 def _analyse(dense: nn.Module, inputs: Inputs) -> tuple[Facts, nn.Module]:
-    """Trace and analyse in float64 where the model allows, so that constants are exact."""
-    doubled = copy.deepcopy(dense).double()
+    """Trace and analyse on the CPU, in float64 where the model allows, so that constants are exact."""
+    inputs = inputs.map(Tensor.cpu)
+    doubled, exact = copy.deepcopy(dense).cpu().double(), inputs.map(to_double)
     try:
-        doubled_inputs = inputs.map(to_double)
-        return Facts(capture(doubled, doubled_inputs.args, doubled_inputs.kwargs)), doubled
+        return Facts(capture(doubled, exact.args, exact.kwargs)), doubled
     except Exception:
-        return Facts(capture(dense, inputs.args, inputs.kwargs)), dense
+        plain = copy.deepcopy(dense).cpu()
+        return Facts(capture(plain, inputs.args, inputs.kwargs)), plain
 
 
 def _require_varying_output(facts: Facts, pruning: PruneReport) -> None:
@@ -182,7 +183,7 @@ def _smallest(
         plan, tensors = make_plan(widths, permissions)
         small, exact = copy.deepcopy(dense), copy.deepcopy(analysed)
         plan.apply(exact, tensors)
-        plan.apply(small, {n: t.to(_dtype_of(dense, n, t)) for n, t in tensors.items()})
+        plan.apply(small, {n: t.to(_twin(dense, n, t)) for n, t in tensors.items()})
         try:
             return small, widths, plan, verifier.check(small, exact), frozen
         except ExportError as e:
@@ -191,13 +192,13 @@ def _smallest(
     raise failure
 
 
-def _dtype_of(model: nn.Module, name: str, fallback: Tensor) -> torch.dtype:
-    """Return the dtype of a parameter or buffer; of a new bias, that of its layer's weight."""
+def _twin(model: nn.Module, name: str, fallback: Tensor) -> Tensor:
+    """Return the tensor whose dtype and device a new value takes: the old one; of a new bias, its layer's weight."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     held = getattr(module, leaf, None)
     held = getattr(module, "weight", None) if held is None else held
-    return held.dtype if isinstance(held, Tensor) else fallback.dtype
+    return held if isinstance(held, Tensor) else fallback
 
 
 def _report(
@@ -214,25 +215,35 @@ def _report(
     latency: bool,
 ) -> Report:
     (before, layers_before), (after, layers_after) = measure(dense, inputs), measure(small, inputs)
-    if latency:
-        a, b = latencies(dense, small, inputs)
-        before = type(before)(before.parameters, before.bytes, before.flops, a)
-        after = type(after)(after.parameters, after.bytes, after.flops, b)
+    times: tuple[dict[str, float], dict[str, float]] = latencies(dense, small, inputs) if latency else ({}, {})
+    layers = {
+        n: (replace(size, latency=times[0].get(n)), replace(layers_after[n], latency=times[1].get(n)))
+        for n, size in layers_before.items()
+    }
     nodes = {s.name: n for n, s in widths.facts.trace.sources.items() if s.kind == "parameter"}
-    removed = 0
+    removed = start = 0
     kept: list[Kept] = []
     for gates, members in by_gates(tensors):
         stays = torch.zeros_like(dead[id(gates)])
         for t in members:
-            node = nodes[t.name]
             cut = plan.cuts.get(t.name)
             mask = torch.ones(t.omega.shape, dtype=torch.bool) if cut is None else cut.mask()
             index = t.gate.index.cpu()
-            why = widths.element_why(node, [a for a, n in enumerate(index.shape) if n > 1])
-            part, found = count_kept(t.name, index, mask, dead[id(gates)], why, widths.reasons)
+            why = widths.element_why(nodes[t.name], [a for a, n in enumerate(index.shape) if n > 1])
+            part, found = find_kept(t.name, index, mask, dead[id(gates)], why, widths.reasons, start)
             stays |= part
             kept += found
         removed += int((dead[id(gates)] & ~stays).sum())
-    layers = {n: (size, layers_after[n]) for n, size in layers_before.items()}
+        start += gates.num_groups
     folded = [f"{n.name}: bias" if f.carrier is None else f"{n.name}: one channel" for n, f in widths.folds.items()]
-    return Report(before, after, layers, pruning, removed, kept, folded, certificate, frozen)
+    return Report(
+        replace(before, latency=times[0].get("")),
+        replace(after, latency=times[1].get("")),
+        layers,
+        pruning,
+        removed,
+        kept,
+        folded,
+        certificate,
+        frozen,
+    )

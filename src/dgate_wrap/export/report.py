@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections import Counter
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ class Size:
         parameters: Number of parameters.
         bytes: Memory of parameters and buffers.
         flops: Floating-point operations of one forward on the example.
-        latency: Median seconds of one forward on the example, of the whole network only; ``None`` if not measured.
+        latency: Median seconds of one forward on the example; ``None`` if not measured.
     """
 
     parameters: int
@@ -40,13 +41,13 @@ class Kept:
 
     Args:
         parameter: The parameter on which they stand.
-        groups: How many.
         reason: Why, with the operation and the source line.
+        groups: Which ones, as positions in ``dg.groups(model)``.
     """
 
     parameter: str
-    groups: int
     reason: str
+    groups: list[int]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Report:
         widths = [max(len(r[i]) for r in rows) for i in range(len(header))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         lines.append(f"{self.pruning.dead} of {self.pruning.total} groups dead, {self.removed} of them removed")
-        lines += [f"  kept: {k.groups} of {k.parameter}: {k.reason}" for k in self.kept]
+        lines += [f"  kept: {len(k.groups)} of {k.parameter}: {k.reason}" for k in self.kept]
         errors = ", ".join(f"{v:.1e} in {k}" for k, v in self.certificate.max_error.items())
         lines.append(f"verified on {len(self.certificate.probes)} inputs; largest relative difference {errors}")
         if self.frozen:
@@ -118,20 +119,65 @@ def _bytes(tensors: list[Any]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def latencies(a: nn.Module, b: nn.Module, inputs: Inputs, seconds: float = 0.6) -> tuple[float, float]:
-    """Return the median seconds of one forward of two networks, run in turn for about ``seconds`` in all."""
-    times: tuple[list[float], list[float]] = ([], [])
+def latencies(
+    a: nn.Module, b: nn.Module, inputs: Inputs, seconds: float = 0.6
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Measure one forward of two networks, run in turn for about ``seconds`` in all.
+
+    Returns:
+        For each network, median seconds by module with parameters of its own; ``""`` is the whole network, measured in
+        runs of its own.
+    """
+    times: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
     device = next((x.device for x in inputs.leaves() if isinstance(x, Tensor)), torch.device("cpu"))
     with evaluating(a), evaluating(b), torch.no_grad():
         start = time.perf_counter()
-        while len(times[0]) < 4 or (time.perf_counter() - start < seconds and len(times[0]) < 200):
+        rounds = 0
+        while rounds < 5 or (time.perf_counter() - start < seconds and rounds < 200):
             for model, record in zip((a, b), times, strict=True):
+                if rounds % 4 == 1:
+                    with _clocks(model, record, device):
+                        model(*inputs.args, **inputs.kwargs)
                 _synchronize(device)
                 t = time.perf_counter()
                 model(*inputs.args, **inputs.kwargs)
                 _synchronize(device)
-                record.append(time.perf_counter() - t)
-    return statistics.median(times[0][1:]), statistics.median(times[1][1:])
+                if rounds:  # the first warms up
+                    record.setdefault("", []).append(time.perf_counter() - t)
+            rounds += 1
+    first, second = ({n: statistics.median(t) for n, t in record.items()} for record in times)
+    return first, second
+
+
+@contextlib.contextmanager
+def _clocks(model: nn.Module, record: dict[str, list[float]], device: torch.device) -> Generator[None]:
+    """Add up, per module with parameters of its own, the seconds of its calls in one forward."""
+    spent: dict[str, float] = {}
+    handles: list[Any] = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        started: list[float] = []
+
+        def before(*_: Any) -> None:
+            _synchronize(device)
+            started.append(time.perf_counter())
+
+        def after(*_: Any) -> None:
+            _synchronize(device)
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - started.pop()
+
+        handles.extend((module.register_forward_pre_hook(before), module.register_forward_hook(after)))
+
+    for name, module in model.named_modules():
+        if name and next(module.parameters(recurse=False), None) is not None:
+            watch(name, module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, seconds in spent.items():
+            record.setdefault(name, []).append(seconds)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -139,8 +185,8 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def count_kept(
-    parameter: str, index: Tensor, stays: Tensor, dead: Tensor, why: Tensor, reasons: list[str]
+def find_kept(
+    parameter: str, index: Tensor, stays: Tensor, dead: Tensor, why: Tensor, reasons: list[str], start: int
 ) -> tuple[Tensor, list[Kept]]:
     """Find the dead groups that still have elements in a parameter, and why.
 
@@ -151,14 +197,14 @@ def count_kept(
         dead: Which groups are dead, shape ``(G,)``.
         why: Number of the reason of every element, in its shape.
         reasons: The reasons.
+        start: Position of group 0 in ``dg.groups(model)``.
 
     Returns:
-        Which groups stay in part, shape ``(G,)``, and the reasons with their counts.
+        Which groups stay in part, shape ``(G,)``, and the reasons with their groups, the most frequent first.
     """
     index = index.expand(stays.shape)
     hit = stays & (index >= 0) & dead[index.clamp_min(0)]
-    if not hit.any():
-        return torch.zeros_like(dead), []
     first = torch.full(dead.shape, -1).scatter_reduce(0, index[hit], why[hit], "amax")
-    found = Counter(reasons[i] for i in first[first >= 0].tolist())
-    return first >= 0, [Kept(parameter, n, r) for r, n in found.most_common()]
+    found = {int(i): ((first == i).nonzero().flatten() + start).tolist() for i in first[first >= 0].unique()}
+    kept = [Kept(parameter, reasons[i], groups) for i, groups in found.items()]
+    return first >= 0, sorted(kept, key=lambda k: -len(k.groups))

@@ -78,7 +78,8 @@ def relative_error(reference: list[Any], other: list[Any], *, any_dtype: bool = 
         elif not isinstance(b, Tensor) or a.shape != b.shape or (a.dtype != b.dtype and not any_dtype):
             return float("inf")
         elif a.numel():
-            error = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30))
+            a, b = a.cpu().double(), b.cpu().double()  # noqa: PLW2901
+            error = float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
             worst = max(worst, error if error == error else float("inf"))
     return worst
 
@@ -108,7 +109,7 @@ class Verifier:
         self._own = _references(model, example)
         self._double: list[_Probe] = []
         try:
-            self._double = _references(copy.deepcopy(model).double(), example.map(to_double))
+            self._double = _references(copy.deepcopy(model).cpu().double(), example.map(Tensor.cpu).map(to_double))
         except Exception as e:
             self.only_own = f"{type(e).__name__} in float64"
         if not all(bool(x.isfinite().all()) for x in self._own[0].reference if isinstance(x, Tensor)):
