@@ -185,8 +185,13 @@ def _flops(model: nn.Module, tensors: Sequence[GatedTensor], inputs: Inputs) -> 
 def count_flops(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     """Count the floating-point operations of one forward in eval mode, by module name; ``""`` is the whole model."""
     counter = FlopCounterMode(display=False)
-    with evaluating(model), torch.no_grad(), counter:
-        model(*inputs.args, **inputs.kwargs)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation, of which the counter knows nothing
+    try:
+        with evaluating(model), torch.no_grad(), counter:
+            model(*inputs.args, **inputs.kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     root = type(model).__name__
     found: dict[str, int] = {}
     for name, by_op in counter.get_flop_counts().items():
