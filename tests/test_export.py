@@ -388,3 +388,32 @@ def test_a_wrong_cut_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     zero_groups(model, "0.weight", [1, 2])
     with pytest.raises(dg.ExportError, match="differs by"):
         dg.export(model, torch.randn(2, 4))
+
+
+def test_a_random_forward_is_refused() -> None:
+    class AlwaysDropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.dropout(self.a(x), 0.5, training=True))
+
+    with pytest.raises(dg.ExportError, match="differs from run to run"):
+        dg.export(dg.gate(AlwaysDropping(), "neurons", exclude="b.*"), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
+def test_weights_with_another_parametrization_are_left_alone(norm: Any) -> None:
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.ReLU(), norm(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 5), nn.Linear(5, 2)
+    )
+    dg.gate(model, dg.Select(names=["0.weight", "4.weight"], axis=0)).train()
+    zero_groups(model, "0.weight", [1])
+    zero_groups(model, "4.weight", [0, 1])
+    before = copy.deepcopy(model.state_dict())
+    result = dg.export(model, torch.randn(2, 4), latency=False)
+    assert result.model[4].weight.shape == (3, 6)
+    assert all(m.training for m in result.model.modules())
+    assert_equal(copy.deepcopy(model), result.model, torch.randn(2, 4), 1e-5)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())

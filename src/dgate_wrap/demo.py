@@ -48,7 +48,7 @@ class Settings:
     batch: int = 64
 
 
-FULL = Settings((32, 64, 64), 16, {2: (0.25, 0.5, 1.0), 3: (0.1, 0.15, 0.2), 4: (0.06, 0.1, 0.15)})
+FULL = Settings((32, 64, 64), 16, {2: (0.5, 0.7, 1.0), 3: (0.1, 0.15, 0.175, 0.2), 4: (0.06, 0.1, 0.15)})
 QUICK = Settings((8, 16, 16), 4, {2: (0.2,), 3: (0.1,), 4: (0.1,)})
 
 
@@ -274,6 +274,7 @@ def show_table(console: Any, rows: Sequence[dict[str, Any]], chosen: int, thread
 def draw_tradeoff(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw accuracy against FLOPs: a line per D, a point per λ, and the dense network."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
@@ -289,6 +290,9 @@ def draw_tradeoff(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.axhline(y, color="0.8", zorder=0)
     axes.axvline(x / 4, color="0.8", zorder=0, linestyle="--", label="a quarter of the FLOPs")
     axes.set(xscale="log", xlabel="million FLOPs per image", ylabel="test accuracy (%)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title("Digits: exported networks, filters gated")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)

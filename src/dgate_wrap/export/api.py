@@ -92,7 +92,7 @@ def export(
     require_gated(model, "cannot export")
     inputs = normalize_inputs(example_inputs, example_kwargs)
     with torch.no_grad():
-        pruned = _copy(model)
+        pruned = _copy(model).eval()  # reading a spectrally normalized weight in train mode would change it
         pruning = prune(pruned, tol=tol)
         tensors = require_gated(pruned, "cannot export")
         dead = _dead_groups(tensors)
@@ -102,6 +102,8 @@ def export(
         verifier = Verifier(dense, inputs)
         small, widths, plan, certificate, frozen = _smallest(dense, analysed, facts, verifier)
         report = _report(dense, small, inputs, widths, plan, pruning, tensors, dead, certificate, frozen, latency)
+    for name, module in small.named_modules():
+        module.training = model.get_submodule(name).training
     return Exported(small, plan, report, signature(dense))
 
 

@@ -102,7 +102,7 @@ class Verifier:
         example: Example inputs.
 
     Raises:
-        ExportError: If the reference is not finite on the example.
+        ExportError: If the reference is not finite on the example, or draws random numbers.
     """
 
     def __init__(self, model: nn.Module, example: Inputs) -> None:
@@ -117,6 +117,12 @@ class Verifier:
                 "the pruned model's own output on the example is not finite, so nothing can be compared with it.",
                 expected="finite outputs",
                 mend="check the inputs and the weights: torch.isfinite(model(x)).all()",
+            )
+        if relative_error(self._own[0].reference, run(model, example)) > 0:
+            raise ExportError(
+                "the model's own output on the same input differs from run to run, so nothing can be compared with it.",
+                expected="a forward that draws no random numbers in eval mode",
+                mend="F.dropout(x, p, training=self.training), or nn.Dropout, in place of dropout that is always on",
             )
         rounding = (
             relative_error(self._double[0].reference, self._own[0].reference, any_dtype=True) if self._double else 0.0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import GateError
 from ..labels import along, disjoint
+from ..tracing.capture import evaluating
 from .registry import register_grouping
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -24,8 +25,11 @@ def _weights_of(model: nn.Module, types: tuple[type[nn.Module], ...]) -> Iterato
     """Yield the weight's name, the layer and the weight of every layer of these types, tied weights once."""
     seen: dict[int, Tensor] = {}  # holds the tensors: a parametrized weight is made at each access, and ids are reused
     for prefix, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, types) or not isinstance(weight, Tensor) or id(weight) in seen:
+        if not isinstance(module, types):
+            continue
+        with evaluating(module):  # a spectrally normalized weight changes its state when it is read in train mode
+            weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or id(weight) in seen:
             continue
         if isinstance(weight, nn.UninitializedParameter):
             raise GateError(
