@@ -14,6 +14,7 @@ LAYERS = [
     ["errors"],
     ["labels", "factorization"],
     ["tracing"],
+    ["gates"],
     ["groupings"],
     ["gating"],
     ["penalty"],

@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,16 +29,12 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300, check=False)
 
 
-def quick(out: Path, seed: int) -> tuple[str, dict[str, Any]]:
-    done = python("-m", "dgate_wrap", "demo", "--quick", "--seed", str(seed), "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads((out / "results.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any]]:
     out = tmp_path_factory.mktemp("demo")
-    return out, *quick(out, 1)
+    done = python("-m", "dgate_wrap", "demo", "--quick", "--seed", "1", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout, json.loads((out / "results.json").read_text())
 
 
 def test_it_prints_a_table_with_a_row_per_run(first: tuple[Path, str, dict[str, Any]]) -> None:
@@ -85,21 +82,21 @@ def test_it_writes_a_network_that_a_fresh_model_takes(first: tuple[Path, str, di
     assert "equal, bit for bit" in printed
 
 
-def test_the_seed_decides_the_numbers(first: tuple[Path, str, dict[str, Any]], tmp_path: Path) -> None:
+def test_the_seed_decides_the_numbers(first: tuple[Path, str, dict[str, Any]]) -> None:
     *_, results = first
-    _, again = quick(tmp_path / "again", 1)
-    _, other = quick(tmp_path / "other", 2)
-    numbers = [
-        [(r["accuracy"], r["train_loss"], r["groups_alive"]) for r in x["runs"]] for x in (results, again, other)
-    ]
-    assert numbers[0] == numbers[1] != numbers[2]
+    row = results["runs"][results["chosen"]]
+    data = demo.load_digits()
+    again, other = (demo.fit(3, row["lam"], data, demo.QUICK, seed, lambda: None) for seed in (1, 2))
+    assert (again.accuracy, again.loss) == (row["accuracy"], row["train_loss"])
+    assert other.loss != again.loss
 
 
 @pytest.mark.parametrize(
     ("module", "package"), [("rich", "rich"), ("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")]
 )
 def test_a_missing_package_is_named(module: str, package: str, tmp_path: Path) -> None:
-    code = "import sys; sys.modules[sys.argv[1]] = None; from dgate_wrap.__main__ import main; sys.exit(main(sys.argv[2:]))"
+    blocked = "import sys; sys.modules[sys.argv[1]] = None"
+    code = f"{blocked}; from dgate_wrap.__main__ import main; sys.exit(main(sys.argv[2:]))"
     done = python("-c", code, module, "demo", "--quick", "--out", str(tmp_path / "out"))
     assert done.returncode == 2
     assert f"the demo needs {package}" in done.stderr
@@ -126,7 +123,11 @@ def test_images_move_by_at_most_a_pixel() -> None:
     assert set(where[:, 1].tolist()) == set(where[:, 2].tolist()) == {3, 4, 5}
 
 
-def test_the_choice_ignores_the_test_images() -> None:
-    import inspect
+def test_the_choice_is_the_best_fit_of_the_small_enough_whatever_the_test_images_say() -> None:
+    def run(D: int, flops: int, loss: float, accuracy: float) -> demo.Run:
+        sizes = SimpleNamespace(before=SimpleNamespace(flops=100), after=SimpleNamespace(flops=flops))
+        return demo.Run(D, 0.1, torch.nn.Identity(), cast(Any, SimpleNamespace(report=sizes)), accuracy, loss)
 
-    assert "accuracy" not in inspect.getsource(demo.choose)
+    runs = [run(3, 26, 0.1, 1.0), run(3, 25, 0.3, 0.5), run(3, 10, 0.4, 0.9), run(2, 1, 0.0, 1.0)]
+    assert demo.choose(runs, D=3) is runs[1]
+    assert demo.choose(runs[:1], D=3) is runs[0]

@@ -8,7 +8,7 @@ from oracles import group_values, product, randomize_gates
 from torch import Tensor, nn
 
 import dgate_wrap as dg
-from dgate_wrap.gating import gated_tensors
+from dgate_wrap.gates import gated_tensors
 
 SHAPES = {"conv.weight": (4, 2, 3, 3), "conv.bias": (4,), "norm.weight": (4,), "fc.weight": (3, 4)}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo import ZOO, Recurrent, Tied, Twice, named, outputs
 
 import dgate_wrap as dg
-from dgate_wrap.gating import gated_tensors
+from dgate_wrap.gates import gated_tensors
 
 
 def mlp() -> nn.Module:

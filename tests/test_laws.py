@@ -10,7 +10,7 @@ from oracles import all_gates, randomize_gates
 from zoo import ZOO, Entry, outputs
 
 import dgate_wrap as dg
-from dgate_wrap.gating import gated_tensors
+from dgate_wrap.gates import gated_tensors
 from dgate_wrap.groupings import resolve
 
 # besides the registered ones, whole parameters: so that every parameter of every model is gated by something

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,10 @@ def test_it_runs_from_the_top(stored: Any, monkeypatch: pytest.MonkeyPatch) -> N
         cell.pop("outputs", None)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    began = time.process_time()
+    began = os.times()
     nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
-    assert time.process_time() - began < 60
+    ended = os.times()  # processor time of the kernel: a busy machine does not count
+    assert 1 < ended.children_user - began.children_user < 60
     assert len(pictures(notebook)) == 2
     assert all(len(p) > 10_000 for p in pictures(notebook))
     assert printed(notebook).count("same outputs, bit for bit: True") == 2

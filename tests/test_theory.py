@@ -13,7 +13,7 @@ from oracles import all_gates, randomize_gates
 from torch import Tensor, nn
 
 import dgate_wrap as dg
-from dgate_wrap.gating import gated_tensors
+from dgate_wrap.gates import gated_tensors
 
 GROUPS, SIZE, ROWS = 40, 5, 1000
 

@@ -152,7 +152,7 @@ def test_the_channels_grouping_removes_whole_channels_at_export() -> None:
     x = torch.randn(2, 3, 6, 6)
     dg.gate(model, "channels", example_inputs=x)
     with torch.no_grad():
-        for t in dg.gating.gated_tensors(model):
+        for t in dg.gates.gated_tensors(model):
             if t.name in ("stem.weight", "side.weight"):
                 t.gates.gamma[1] = 0
     result = dg.export(model, x, latency=False)

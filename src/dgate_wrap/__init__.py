@@ -20,7 +20,8 @@ from .errors import (
     UnknownGroupingError,
 )
 from .export import Exported, export, load, save
-from .gating import Gates, gate, ungate
+from .gates import Gates
+from .gating import gate, ungate
 from .groupings import Grouping, Select, groupings, register_grouping
 from .groupings.registry import unregister_grouping
 from .labels import along, disjoint

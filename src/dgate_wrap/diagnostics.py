@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .factorization import factor_penalty, group_norm, norm_penalty
 from .factorization import imbalance as _imbalance
-from .gating import balance_members, by_gates, omega_squares, require_gated
+from .gates import balance_members, by_gates, omega_squares, require_gated
 from .penalty import group_sizes
 
 

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import PenaltyError, PrecisionWarning
 from .factorization import norm_penalty, spread
-from .gating import GatedTensor, by_gates, omega_squares, require_gated
+from .gates import GatedTensor, by_gates, omega_squares, require_gated
 from .groupings.select import matches
 
 GroupWeights = Literal["uniform", "sqrt_size"] | Mapping[str, float]

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .diagnostics import groups as list_groups
 from .errors import PruneError
-from .gating import GatedTensor, by_gates, require_gated
+from .gates import GatedTensor, by_gates, require_gated
 from .penalty import group_sizes
 from .tracing import Inputs, normalize_inputs
 from .tracing.capture import evaluating
@@ -22,7 +22,11 @@ from .tracing.capture import evaluating
 Scope = Literal["groups", "parameters", "flops"]
 
 DEFAULT_TOL = 1e-6
-"""Norm at or below which a group counts as dead by default: far below what changes a float32 output."""
+"""Norm at or below which a group counts as dead by default.
+
+In networks with BatchNorm, whose live norms may be as small as 1e-4, it was seen to move outputs by less than 1e-4 of
+their size; the gap that `PruneReport` shows tells whether more is safe.
+"""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..errors import ExportError
-from ..gating import GatedTensor, by_gates, require_gated, ungate
+from ..gates import GatedTensor, by_gates, require_gated
+from ..gating import ungate
 from ..pruning import PruneReport, prune
 from ..tracing import Inputs, capture, normalize_inputs
 from ..tracing.capture import operation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .capture import Inputs, Source, Trace, capture, normalize_inputs
-from .structure import Structure, find_structure
+from .interpreter import find_structure
+from .structure import Structure
 
 __all__ = ["Inputs", "Source", "Structure", "Trace", "capture", "find_structure", "normalize_inputs"]
