@@ -11,6 +11,7 @@ memory is that of a fresh process per variant, above what it holds after its imp
     gates      the gates alone, no penalty
     attach     gates and dg.Penalty(model, lam).attach(optimizer): what training costs
     decay      gates and the penalty as weight decay (dg.param_groups), where every gated parameter is gated as a whole
+    by hand    what a user would write without this library: a parametrization ω · γ.prod(1), and weight decay
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import dgate_wrap as dg
 
@@ -65,7 +67,7 @@ class Case:
     groups: Any
     limits: dict[int, float]
     optimizer: Callable[..., torch.optim.Optimizer]
-    variants: tuple[str, ...] = ("gates", "attach", "decay")
+    variants: tuple[str, ...] = ("gates", "attach", "decay", "by hand")
 
 
 def sgd(params: Any, **options: Any) -> torch.optim.Optimizer:
@@ -85,6 +87,17 @@ CASES = {
 }
 
 
+class ByHand(nn.Module):
+    """Gate each row of a weight, as one would write it oneself."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(weight.shape[0], D - 1, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.gamma.prod(1).view(-1, *[1] * (weight.dim() - 1))
+
+
 def batch_of(model: nn.Module, size: int, device: str) -> tuple[Tensor, Tensor]:
     """Return random inputs and targets."""
     if isinstance(model, models.GPT):
@@ -102,9 +115,16 @@ def make_step(name: str, variant: str, size: int, device: str) -> Callable[[], N
     case = CASES[name]
     model = case.model().to(device)
     x, y = batch_of(model, size, device)
-    if variant != "vanilla":
+    if variant == "by hand":
+        for layer in list(model.modules()):
+            if isinstance(layer, nn.Linear if case.groups == "neurons" else nn.Conv2d):
+                parametrize.register_parametrization(layer, "weight", ByHand(layer.weight))
+    elif variant != "vanilla":
         dg.gate(model, case.groups, D)
-    optimizer = case.optimizer(dg.param_groups(model, LAM) if variant == "decay" else model.parameters())
+    if variant == "by hand":
+        optimizer = case.optimizer(model.parameters(), weight_decay=2 * LAM / D)
+    else:
+        optimizer = case.optimizer(dg.param_groups(model, LAM) if variant == "decay" else model.parameters())
     if variant == "attach":
         dg.Penalty(model, LAM).attach(optimizer)
 
@@ -220,6 +240,7 @@ HEADER = (
     "gates",
     "attach",
     "decay",
+    "by hand",
     "limit",
     "",
     "vanilla peak",
@@ -246,7 +267,7 @@ def row(result: dict[str, Any]) -> tuple[str, ...]:
         low, high = t["interval"][variant]
         return f"{t['ratio'][variant]:.3f} ±{(high - low) / 2:.3f}"
 
-    cells = [f"{t['vanilla_ms']:.2f} ms", *map(ratio, ("noise", "gates", "attach", "decay"))]
+    cells = [f"{t['vanilla_ms']:.2f} ms", *map(ratio, ("noise", "gates", "attach", "decay", "by hand"))]
     memory = (
         [f"{m['vanilla_mb']:.0f} MB", f"{m['ratio']['noise']:.3f}", f"{m['ratio']['attach']:.3f}"] if m else [""] * 3
     )

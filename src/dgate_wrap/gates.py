@@ -83,6 +83,8 @@ class GatedWeight(nn.Module):
         self.size = flat.numel()
         consecutive = bool((flat == torch.arange(self.start, self.start + flat.numel(), device=flat.device)).all())
         self.in_order = consecutive and self.start >= 0
+        self.whole = self.size == gates.num_groups  # flags, not comparisons: each step of training pays for them
+        self.is_column = self.shape == (self.size, 1)
         self.register_buffer("_gather", None if self.in_order else index, persistent=False)
 
     @property
@@ -100,15 +102,17 @@ class GatedWeight(nn.Module):
     def forward(self, omega: Tensor) -> Tensor:
         """Return the effective weight ``ω · Π_d γ_d``, in ω's shape and dtype."""
         gamma = self.gates.gamma
-        if not self.in_order:
-            factor = spread(gate_product(gamma), cast(Tensor, self._gather), 1.0)
-        else:
-            factor = gate_column(gamma if self.size == gamma.shape[0] else gamma.narrow(0, self.start, self.size))
-            if factor.shape != self.shape:
+        if self.in_order:
+            factor = gate_column(gamma if self.whole else gamma.narrow(0, self.start, self.size))
+            if not self.is_column:
                 factor = factor.view(self.shape)
+        else:
+            factor = spread(gate_product(gamma), cast(Tensor, self._gather), 1.0)
         if factor.device != omega.device:
             factor = factor.to(omega.device)
-        weight = (omega * factor).to(omega.dtype)
+        weight = omega * factor
+        if weight.dtype != omega.dtype:
+            weight = weight.to(omega.dtype)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _in_functorch()):
             # torch.matmul folds batches by whether a weight requires gradients: as a Parameter does, even under no_grad
             weight.requires_grad_(omega.requires_grad or gamma.requires_grad)
