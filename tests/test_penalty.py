@@ -246,6 +246,26 @@ def test_accumulated_gradients_get_one_penalty_per_step() -> None:
     assert difference(state(model), reference) < 1e-12
 
 
+def test_a_trainers_wrapper_is_seen_through() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        """As trainers do it: an Optimizer by type, without its state, that steps the one inside."""
+
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        def step(self, closure: Any = None) -> Any:
+            return self.optimizer.step(closure)
+
+    model = dg.gate(torch.nn.Linear(3, 2), "neurons", D=2)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    dg.Penalty(model, lam=0.5).attach(Wrapper(inner))
+    before = [p.detach().clone() for p in model.parameters()]
+    gated = {id(p) for n, p in model.named_parameters() if "bias" not in n}
+    Wrapper(inner).step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), old * (1 - 0.1 * 2 * 0.5 / 2) if id(p) in gated else old)
+
+
 def test_several_optimizers_share_the_factors() -> None:
     reference = _manual(make(), 50, clip=None)
     model = make()

@@ -174,7 +174,8 @@ class Penalty:
         closure (LBFGS) gets the term added to its loss and the gradient at each evaluation.
 
         Args:
-            optimizers: One optimizer, or several that share the model's factors among them.
+            optimizers: One optimizer, or several that share the model's factors among them. Of a trainer's wrapper, the
+                optimizer inside it is taken.
             adopt: Mend the first optimizer instead of raising: add gates that it lacks, and move factors that stand
                 under weight decay into a parameter group without.
 
@@ -185,11 +186,12 @@ class Penalty:
             PenaltyError: If a penalty is applied already, the optimizers lack a factor, or one of them decays
                 factors by itself. Nothing is then attached.
         """
+        optimizers = tuple(_innermost(o) for o in optimizers)
         if not optimizers or not all(isinstance(cast(object, o), Optimizer) for o in optimizers):
             raise PenaltyError(
                 f"attach got {', '.join(type(o).__name__ for o in optimizers) or 'nothing'}.",
                 expected="torch optimizers",
-                mend="penalty.attach(optimizer); of a wrapper, attach to the optimizer inside it",
+                mend="penalty.attach(optimizer), with torch.optim.SGD(model.parameters(), lr=0.1) or any other",
             )
         self._refuse_twice()
         self._check_covered(optimizers, adopt)
@@ -283,6 +285,13 @@ def _warn_of_16_bits(tensors: list[GatedTensor]) -> None:
             PrecisionWarning,
             stacklevel=3,
         )
+
+
+def _innermost(optimizer: Any) -> Any:
+    """Return the optimizer that really steps: trainers wrap it and keep it as ``optimizer``."""
+    inner = getattr(optimizer, "optimizer", None)
+    wraps = isinstance(optimizer, Optimizer) and "_optimizer_step_pre_hooks" not in vars(optimizer)
+    return _innermost(inner) if wraps and isinstance(inner, Optimizer) else optimizer
 
 
 def _adopt(first: Optimizer, optimizers: Iterable[Optimizer], factors: list[nn.Parameter]) -> None:
