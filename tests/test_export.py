@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from networks import PROGRAMS, RandomNetwork, randomize
 from torch import Tensor, nn
@@ -64,20 +64,12 @@ EXACT_REASONS = (
 
 
 @pytest.mark.parametrize(
-    ("groups", "examples"),
-    [
-        (["filters", "neurons"], 200),
-        (["channels"], 150),
-        (["filters"], 150),
-        (["in_channels"], 150),
-        (["kernels"], 150),
-    ],
-    ids=lambda v: "+".join(v) if isinstance(v, list) else "",
+    "groups", [["filters", "neurons"], ["channels"], ["filters"], ["in_channels"], ["kernels"]], ids="+".join
 )
-def test_export_of_random_networks_equals_the_gated_model(groups: list[str], examples: int) -> None:
+def test_export_of_random_networks_equals_the_gated_model(groups: list[str]) -> None:
     exported = 0
 
-    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=110, deadline=None, derandomize=True, database=None)
     @given(
         program=PROGRAMS,
         seed=st.integers(0, 10**6),
@@ -93,13 +85,11 @@ def test_export_of_random_networks_equals_the_gated_model(groups: list[str], exa
         try:
             dg.gate(model, groups, D=2, example_inputs=x)
         except dg.GroupingError as e:
-            if "selects no weight" in str(e):
-                return
+            assume("selects no weight" not in str(e))
             raise
         kill(model, share, generator)
         result = export_or_constant(model, x)
-        if result is None:
-            return
+        assume(result is not None)
         exported += 1
         assert_equal(model, result.model, x, 1e-10 if dtype is torch.float64 else 1e-5)
         assert not result.report.frozen
@@ -107,7 +97,7 @@ def test_export_of_random_networks_equals_the_gated_model(groups: list[str], exa
             assert any(reason in kept.reason for reason in EXACT_REASONS), kept
 
     law()
-    assert exported >= 100
+    assert exported >= 110
 
 
 class Residual(nn.Module):
