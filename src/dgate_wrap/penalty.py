@@ -11,7 +11,7 @@ import gc
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, cast
 
@@ -22,47 +22,70 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import PenaltyError, PrecisionWarning
 from .factorization import norm_penalty, spread
-from .gates import GatedTensor, by_gates, omega_squares, require_gated
+from .gates import GatedTensor, Gates, by_gates, omega_squares, require_gated
 from .groupings.select import matches
 
-GroupWeights = Literal["uniform", "sqrt_size"] | Mapping[str, float]
+Scheme = Literal["uniform", "size", "sqrt_size"]
+GroupWeights = Scheme | Mapping[str, "float | Scheme | Tensor"]
+
+_SCHEMES: dict[object, float] = {"uniform": 0.0, "sqrt_size": 0.5, "size": 1.0}
+"""The power of a group's number of weights that its weight is."""
 
 _appliers: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """γ → weak reference to what applies a penalty to it while an optimizer holds it: a `_StepHook` or `PenaltyGroup`."""
 
 
 def group_weights(tensors: list[GatedTensor], weights: GroupWeights) -> dict[int, Tensor]:
-    """Return the weight ``w_g`` of every group, shape ``(G,)`` per ``id(gates)``."""
-    out: dict[int, Tensor] = {}
-    used: set[str] = set()
-    known = ("uniform", "sqrt_size")
-    if not isinstance(weights, Mapping) and weights not in known:
+    """Return the weight ``w_g`` of every group, shape ``(G,)`` per ``id(gates)``; later rules override earlier ones."""
+    if not isinstance(weights, Mapping) and weights not in _SCHEMES:
         raise PenaltyError(
             f"weights={weights!r}.",
-            expected="'uniform', 'sqrt_size', or a mapping from kinds or globs on parameter names to numbers",
+            expected=f"{_SAID}, or a mapping from kinds or globs on parameter names to these, numbers or tensors",
             mend='dg.Penalty(model, lam=1e-4, weights={"conv1.*": 0.5})',
         )
-    for gates, members in by_gates(tensors):
-        w = torch.ones(gates.num_groups, dtype=torch.float64, device=gates.gamma.device)
-        if isinstance(weights, Mapping):
-            for pattern, value in weights.items():
-                if gates.kind == pattern or any(matches(t.name, [pattern]) for t in members):
-                    w.fill_(_nonnegative(value, f"the weight of {pattern!r}"))
-                    used.add(pattern)
-        elif weights == "sqrt_size":
-            w = group_sizes(members).double().sqrt()
-        out[id(gates)] = w
-    idle = sorted(set(weights) - used) if isinstance(weights, Mapping) else []
+    parts = list(by_gates(tensors))
+    out = {id(g): torch.ones(g.num_groups, dtype=torch.float64, device=g.gamma.device) for g, _ in parts}
+    idle: list[str] = []
+    rules = weights if isinstance(weights, Mapping) else {"*": weights}
+    for pattern, value in rules.items():
+        matched = [p for p in parts if p[0].kind == pattern or any(matches(t.name, [pattern]) for t in p[1])]
+        if not matched:
+            idle.append(pattern)
+        else:
+            found = _rule_weights(pattern, value, matched)
+            out |= {id(g): w.to(g.gamma.device) for (g, _), w in zip(matched, found, strict=True)}
     if idle:
         raise PenaltyError(
             f"weights: {', '.join(map(repr, idle))} match no kind and no gated parameter.",
             expected="kinds or globs among "
-            + ", ".join(sorted({g.kind for g, _ in by_gates(tensors)}))
+            + ", ".join(sorted({g.kind for g, _ in parts}))
             + ", "
             + ", ".join(t.name for t in tensors[:4]),
             mend='dg.Penalty(model, lam=1e-4, weights={"filters": 0.5})',
         )
     return out
+
+
+_SAID = ", ".join(map(repr, _SCHEMES))
+
+
+def _rule_weights(pattern: str, value: object, matched: list[tuple[Gates, list[GatedTensor]]]) -> Sequence[Tensor]:
+    """Return the weights that one rule gives to the groups it matches, per gates."""
+    if isinstance(value, str) and value in _SCHEMES:
+        return [group_sizes(members).double().pow(_SCHEMES[value]) for _, members in matched]
+    counts = [gates.num_groups for gates, _ in matched]
+    if not isinstance(value, Tensor):
+        number = _nonnegative(value, f"the weight of {pattern!r}", f", {_SAID}, or a tensor of one weight per group")
+        return torch.full((sum(counts),), number, dtype=torch.float64).split(counts)
+    w = value.detach().double()
+    if w.shape != (sum(counts),) or not bool((w.isfinite() & (w >= 0)).all()):
+        low = f", and the smallest is {float(w.min()):.3g}" if w.numel() else ""
+        raise PenaltyError(
+            f"the weights of {pattern!r} have shape {tuple(w.shape)} for {sum(counts)} groups{low}.",
+            expected="one finite number of at least 0 per group, in the order of dg.groups(model)",
+            mend="dg.Penalty(model, lam=1e-4, weights=dg.group_costs(model, example_inputs))",
+        )
+    return w.split(counts)
 
 
 def group_sizes(members: list[GatedTensor]) -> Tensor:
@@ -75,10 +98,12 @@ def group_sizes(members: list[GatedTensor]) -> Tensor:
     return total
 
 
-def _nonnegative(value: object, what: str) -> float:
+def _nonnegative(value: object, what: str, other: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
         raise PenaltyError(
-            f"{what} is {value!r}.", expected="a finite number of at least 0", mend="dg.Penalty(model, lam=1e-4)"
+            f"{what} is {value!r}.",
+            expected="a finite number of at least 0" + other,
+            mend="dg.Penalty(model, lam=1e-4)",
         )
     return float(value)
 
@@ -93,8 +118,9 @@ class Penalty:
     Args:
         model: A gated model.
         lam: λ, at least 0. May be changed at any time (``penalty.lam = ...``).
-        weights: ``w_g``: ``"uniform"`` (1), ``"sqrt_size"`` (root of the group's number of weights), or a mapping
-            from kinds or globs on parameter names to numbers; groups that match nothing have 1.
+        weights: ``w_g``: ``"uniform"`` (1), ``"size"`` (the group's number of weights), ``"sqrt_size"`` (its root), or
+            a mapping from kinds or globs on parameter names to any of these, a number, or a tensor of one number per
+            group (`group_costs`); groups that match nothing have 1, those that match several rules the last.
 
     Raises:
         NotGatedError: If the model holds no gates.
@@ -120,7 +146,15 @@ class Penalty:
         tensors = require_gated(model, "cannot penalize")
         self.lam = lam
         _warn_of_16_bits(tensors)
-        per_gates = group_weights(tensors, weights)
+        self._model = model
+        self._weights: GroupWeights = weights
+        self._hooks: list[weakref.ref[_StepHook]] = []
+        self._collect(tensors)
+
+    def _collect(self, tensors: list[GatedTensor]) -> None:
+        """Take the factors as they stand in the model."""
+        per_gates = group_weights(tensors, self._weights)
+        self._tensors = tensors
         self._factors: list[tuple[nn.Parameter, float | Tensor]] = []
         """Every factor θ with its coefficient ``w_g / D``: a number, or a tensor that broadcasts to θ."""
         for t in tensors:
@@ -133,7 +167,16 @@ class Penalty:
             self._factors.append((gates.gamma, float(w[0]) if uniform else w.to(gates.gamma.dtype).unsqueeze(1)))
         self._gammas = [gates.gamma for gates, _ in by_gates(tensors)]
         self._names = _factor_names(tensors)
-        self._hooks: list[weakref.ref[_StepHook]] = []
+
+    def _refresh(self) -> None:
+        """Follow the model: ``fully_shard`` replaces its parameters, and it may be on another device by now."""
+        if {id(p) for t in self._tensors for p in (_omega_now(t), t.gates.gamma)} != self._names.keys():
+            self._collect(require_gated(self._model, "cannot penalize"))
+        self._factors = [(p, _beside(c, p) if isinstance(c, Tensor) else c) for p, c in self._factors]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the optimizers out of copies: a copy of the model has others."""
+        return {**vars(self), "_hooks": []}
 
     @property
     def lam(self) -> float:
@@ -155,15 +198,19 @@ class Penalty:
         return self._term()
 
     def value(self) -> float:
-        """Return the term as a number, for logging, whether or not an optimizer applies it."""
-        with torch.no_grad():
-            return float(self._term())
+        """Return the term as a number for logging, whether or not an optimizer applies it. If sharded, on all ranks."""
+        return float(self._detached())
+
+    @torch.no_grad()
+    def _detached(self) -> Tensor:
+        return self._term()
 
     def _term(self) -> Tensor:
+        self._refresh()
         total: Tensor | None = None
         for theta, c in self._factors:
             squares = theta * theta
-            part = squares.sum() * c if isinstance(c, float) else (squares * c).sum()
+            part = _whole(squares.sum() * c if isinstance(c, float) else (squares * c).sum())
             total = part if total is None else total + part.to(device=total.device)
         return self.lam * cast(Tensor, total)
 
@@ -171,7 +218,9 @@ class Penalty:
         """Add the penalty's exact gradient whenever the optimizers step, and return the penalty.
 
         The gradient is added in a step pre-hook, so that loss, gradient scaling and clipping are the user's own. A
-        closure (LBFGS) gets the term added to its loss and the gradient at each evaluation.
+        closure (LBFGS) gets the term added to its loss and the gradient at each evaluation. Trainable factors that the
+        optimizer holds at a step are penalized, though frozen, added or sharded since. A copy of an optimizer
+        (``copy.deepcopy``, pickle) has no hooks: attach a penalty of the copied model to it.
 
         Args:
             optimizers: One optimizer, or several that share the model's factors among them. Of a trainer's wrapper, the
@@ -193,19 +242,17 @@ class Penalty:
                 expected="torch optimizers",
                 mend="penalty.attach(optimizer), with torch.optim.SGD(model.parameters(), lr=0.1) or any other",
             )
+        self._refresh()
         self._refuse_twice()
         self._check_covered(optimizers, adopt)
         self._check_decay(optimizers, adopt)
         if adopt:
             _adopt(optimizers[0], optimizers, [p for p, _ in self._factors if p.requires_grad])
-        for optimizer in optimizers:
-            held = {id(p) for g in optimizer.param_groups for p in g["params"]}
-            hook = _StepHook(self, [(p, c) for p, c in self._factors if id(p) in held and p.requires_grad])
+        hooks = [_StepHook(self, o) for o in optimizers]
+        self._hooks = [weakref.ref(hook) for hook in hooks]
+        for optimizer, hook in zip(optimizers, hooks, strict=True):
+            hook.follow(optimizer)
             hook.handle = optimizer.register_step_pre_hook(hook)
-            self._hooks.append(weakref.ref(hook))
-            for p, _ in hook.factors:
-                if any(p is g for g in self._gammas):
-                    _appliers[p] = weakref.ref(hook)
         return self
 
     def detach(self) -> None:
@@ -224,7 +271,8 @@ class Penalty:
                 raise PenaltyError(
                     f"a penalty is applied to this model already, {applier.how}.",
                     expected="one form of the penalty: penalty() in the loss, attach(optimizer), or dg.param_groups",
-                    mend="penalty.value() for logging; penalty.lam = ... to change λ; penalty.detach() to stop",
+                    mend="penalty.value() for logging; penalty.lam = ... to change λ; penalty.detach() to stop, or "
+                    "before attach(optimizer) to the next one, as when a trainer fits again",
                 )
 
     def _check_covered(self, optimizers: Iterable[Optimizer], adopt: bool) -> None:
@@ -263,6 +311,30 @@ def _coefficient(w: Tensor, t: GatedTensor, index: Tensor) -> float | Tensor:
     if t.gate.covers_all and bool((w == w[0]).all()):
         return float(w[0])
     return spread(w, index.to(w.device), 0.0).to(device=t.omega.device, dtype=t.omega.dtype)
+
+
+def _omega_now(t: GatedTensor) -> Tensor | None:
+    """Return ω as its host holds it by now; None if it was ungated. Each call of a penalty pays for this."""
+    host, name = t.hosts[0]
+    chains = host._modules.get("parametrizations")
+    chain = None if chains is None else chains._modules.get(name)
+    return None if chain is None else chain._parameters.get("original")
+
+
+def _beside(c: Tensor, theta: Tensor) -> Tensor:
+    """Bring a coefficient to the device of its factor, and shard it alike."""
+    if hasattr(theta, "device_mesh") and not hasattr(c, "device_mesh"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        sharded = cast(DTensor, theta)
+        whole = c.to(theta.device).expand(theta.shape).contiguous()
+        return distribute_tensor(whole, sharded.device_mesh, sharded.placements)
+    return c.to(theta.device)
+
+
+def _whole(value: Tensor) -> Tensor:
+    """Return the sum over all shards of a value that was computed from sharded factors."""
+    return cast(Any, value).full_tensor() if hasattr(value, "device_mesh") else value
 
 
 def _factor_names(tensors: list[GatedTensor]) -> dict[int, str]:
@@ -332,16 +404,34 @@ class _StepHook:
     how = "by an optimizer that it is attached to"
     handle: Any = None
 
-    def __init__(self, penalty: Penalty, factors: list[tuple[nn.Parameter, float | Tensor]]) -> None:
+    def __init__(self, penalty: Penalty, optimizer: Optimizer) -> None:
         self.penalty = penalty
-        self.factors = factors
+        self.optimizer = weakref.ref(optimizer)
+        self.held: set[int] = set()
+        self.factors: list[tuple[nn.Parameter, float | Tensor]] = []
         self.active = True
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Take the factors that the optimizer holds by now: trainers replace, add and freeze parameters."""
+        held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        if held == self.held:
+            return
+        penalty = self.penalty
+        penalty._refresh()
+        penalty._check_covered([o for ref in penalty._hooks if (hook := ref()) and (o := hook.optimizer())], False)
+        penalty._check_decay([optimizer], False)
+        self.held = held
+        self.factors = [(p, c) for p, c in penalty._factors if id(p) in held]
+        for gamma in penalty._gammas:
+            if id(gamma) in held:
+                _appliers[gamma] = weakref.ref(self)
 
     def remove(self) -> None:
         self.active = False
         self.handle.remove()
 
     def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        self.follow(optimizer)
         itself, *given = args
         closure = given[0] if given else kwargs.get("closure")
         if closure is None:
@@ -351,7 +441,7 @@ class _StepHook:
         def penalized() -> Any:
             loss = closure()
             self.add_gradient(1.0)
-            return None if loss is None else loss + self.penalty.value()
+            return None if loss is None else loss + self.penalty._detached()
 
         return ((itself, penalized, *given[1:]), kwargs) if given else (args, {**kwargs, "closure": penalized})
 
@@ -364,17 +454,19 @@ class _StepHook:
     @torch.no_grad()
     def add_gradient(self, scale: float | Tensor) -> None:
         factor = 2 * self.penalty.lam * scale
-        plain: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        plain: dict[tuple[float, type[Tensor]], tuple[list[Tensor], list[Tensor]]] = {}
         for theta, c in self.factors:
+            if not theta.requires_grad:
+                continue
             if theta.grad is None:
                 theta.grad = torch.zeros_like(theta)
             if isinstance(c, float) and isinstance(factor, float):
-                grads, thetas = plain.setdefault(c, ([], []))
+                grads, thetas = plain.setdefault((c, type(theta)), ([], []))  # shards do not mix with whole tensors
                 grads.append(theta.grad)
                 thetas.append(theta)
             else:
-                theta.grad.add_(theta * (c * factor))
-        for c, (grads, thetas) in plain.items():
+                theta.grad.add_(theta * ((_beside(c, theta) if isinstance(c, Tensor) else c) * factor))
+        for (c, _), (grads, thetas) in plain.items():
             torch._foreach_add_(grads, thetas, alpha=c * cast(float, factor))
 
 
