@@ -92,3 +92,7 @@ class DGateWarning(UserWarning):
 
 class PrecisionWarning(DGateWarning):
     """A factor is stored in so few bits that the penalty's step rounds to nothing."""
+
+
+class TraceWarning(DGateWarning):
+    """A trace holds for the example inputs only: the model follows the values of tensors."""

@@ -1,13 +1,15 @@
-"""Capture a model as a functional graph of ATen operations, by ``torch.export``.
+"""Capture a model as a functional graph of ATen operations.
 
-``run_decompositions({})`` makes the graph functional and leaves linear, convolution, attention and norms whole. Every
-parameter and buffer is a named input of it. Structure is found on models without gates: a gated model is traced on an
-ungated copy.
+``torch.export`` writes it; where that refuses (a branch on the value of a tensor), the recorder runs the model once and
+exports the recorded run instead. ``run_decompositions({})`` makes the graph functional and leaves linear, convolution,
+attention and norms whole. Every parameter and buffer is a named input of it. Structure is found on models without
+gates: a gated model is traced on an ungated copy.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import warnings
 from collections.abc import Generator, Iterator, Mapping
@@ -16,11 +18,29 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from ..errors import TraceError
+from ..errors import TraceError, TraceWarning
+from .recorder import (
+    FOLLOWED,
+    PREFIX,
+    Recording,
+    Spot,
+    UnrecordableError,
+    is_foreign,
+    quiet,
+    record,
+    same_random_numbers,
+    show,
+    spots_of_error,
+    storage_of,
+    tensors_in,
+    unchanged,
+)
+from .rewrite import split_einsums
 
 Kind = Literal["parameter", "buffer", "constant", "input"]
 
@@ -93,17 +113,23 @@ class Source:
     value: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
-    """A model as a graph.
+    """A model as a graph. Two traces are equal only if they are the same object.
 
     Args:
-        graph_module: Functional ATen operations; placeholders are parameters, buffers, constants, then inputs.
+        graph_module: Functional ATen operations; placeholders are parameters, buffers, constants, then inputs. It
+            returns the new values of buffers that the forward writes, then every tensor of the model's output, however
+            deep it is nested there.
         sources: What each placeholder stands for.
+        outputs: The nodes of the model's own output, without the buffers.
+        notes: What holds for the example inputs only: where the model follows the values of tensors, one line each.
     """
 
     graph_module: GraphModule
     sources: dict[Node, Source]
+    outputs: tuple[Node, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def nodes(self) -> list[Node]:
@@ -137,13 +163,17 @@ def operation(node: Node) -> str:
 
 
 def where(node: Node) -> str:
-    """Return the source line that made a node, such as ``model.py:12 in forward``, or its module path."""
-    found = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', node.meta.get("stack_trace") or "")
-    inside = [f for f in found if "/torch/" not in f[0]] or found
-    if inside:
-        path, line, function = inside[-1]
-        return f"{path.rsplit('/', 1)[-1]}:{line} in {function}"
-    return f"node {node.name}"
+    """Return the source line that made a node, such as ``model.py:12 in forward``, or the node's name."""
+    spot = _spot_of(node)
+    return f"node {node.name}" if spot is None else show(spot)
+
+
+def _spot_of(node: Node) -> Spot | None:
+    """Return the innermost line of the user's code that made a node, else that of torch."""
+    found = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
+    spots: list[Spot] = [(path, int(line), function) for path, line, function in found]
+    theirs = [s for s in spots if is_foreign(s[0])]
+    return (theirs or spots or [None])[-1]
 
 
 @contextlib.contextmanager
@@ -160,51 +190,293 @@ def evaluating(model: nn.Module) -> Generator[nn.Module]:
 def capture(model: nn.Module, example_inputs: object, example_kwargs: Mapping[str, Any] | None = None) -> Trace:
     """Trace a model without gates, in eval mode, on example inputs.
 
+    The model is left as it was: modes, buffers, attributes, and the process's random numbers. Of a model on the meta
+    device, inputs are moved there. A forward that takes ``use_cache``, or whose ``config`` holds it, is traced without
+    its cache unless the inputs say otherwise.
+
     Args:
-        model: The model; put back into its own training mode afterwards.
+        model: The model.
         example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
         example_kwargs: Keyword inputs beside positional ones.
 
     Returns:
-        The `Trace`.
+        The `Trace`. Where the model branches on values or reads numbers off tensors, it holds for the example inputs,
+        its ``notes`` say where, and a `TraceWarning` is given.
 
     Raises:
-        TraceError: If the inputs are missing or do not fit the model, or ``torch.export`` refuses the model.
+        TraceError: If the inputs are missing or do not fit the model, or its forward is not made of torch operations.
     """
     inputs = normalize_inputs(example_inputs, example_kwargs)
-    with evaluating(model), torch.no_grad():
+    if lazy := [n for n, t in _all_tensors(model) if is_lazy(t)]:
+        raise TraceError(
+            f"{type(model).__name__} has no shapes yet: {', '.join(lazy)}.",
+            expected="a model whose parameters all exist",
+            mend="run the model once before: model(*example_inputs)",
+        )
+    if any(p.is_meta for p in model.parameters()):
+        inputs = inputs.map(_to_meta)
+    with evaluating(model), _without_cache(model, inputs) as extra, torch.no_grad(), quiet():
+        call = _Forward(model, extra)
         try:
-            model(*inputs.args, **inputs.kwargs)
+            trace, refused = _trace_of(model, inputs, _export(model, call, inputs)), None
         except Exception as e:
-            shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in inputs.leaves()]
-            raise TraceError(
-                f"{type(model).__name__} does not run on the example inputs, of shapes {shapes}: "
-                f"{type(e).__name__}: {_first_line(e)}",
-                expected="inputs on which model(*example_inputs) runs",
-                mend="pass what your training loop passes: example_inputs=next(iter(loader))[0]",
-            ) from e
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.export warns of its own internals
-            try:
-                exported = torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
-                exported = exported.run_decompositions({})
-            except Exception as e:
-                raise TraceError(
-                    f"{type(model).__name__} cannot be traced: {type(e).__name__}: {_first_line(e)}",
-                    expected="a forward that torch.export follows, with no branch on the values of tensors",
-                    mend="move the branch out of forward, or gate and export the submodule that can be traced",
-                ) from e
+            trace, refused = None, e
+        if trace is None:
+            trace = _recorded(model, call, inputs, cast(Exception, refused))
+    if trace.notes:
+        warnings.warn(TraceWarning(_says(model, trace.notes)), stacklevel=3)
+    return trace
+
+
+class _Forward(nn.Module):
+    """A model whose output is the list of all tensors in the user's own output, whatever holds them there."""
+
+    def __init__(self, model: nn.Module, extra: dict[str, Any]) -> None:
+        super().__init__()
+        self.model, self._extra = model, extra
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        return list(tensors_in(self.model(*args, **kwargs, **self._extra), set()))
+
+
+def _export(model: nn.Module, call: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    """Export, and require that no shape depends on the values of tensors."""
+    with unchanged(model), same_random_numbers(model):
+        exported = torch.export.export(call, inputs.args, inputs.kwargs, strict=False).run_decompositions({})
+    for node in exported.graph.nodes:
+        if any(_is_symbolic(x) for x in pytree.tree_leaves(node.meta.get("val"))):
+            raise UnrecordableError(_spot_of(node), "a shape depends on the values of a tensor")
+    if not exported.graph_signature.user_outputs:
+        raise UnrecordableError(None, "its output holds no tensor")
+    return exported
+
+
+def _is_symbolic(value: Any) -> bool:
+    sizes: list[Any] = list(value.shape) if isinstance(value, Tensor) else [value]
+    return any(isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool) for n in sizes)
+
+
+def _trace_of(
+    model: nn.Module, inputs: Inputs, exported: torch.export.ExportedProgram, notes: tuple[str, ...] = ()
+) -> Trace:
+    """Name every placeholder of an exported graph as the user does."""
     sources: dict[Node, Source] = {}
-    placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
-    leaves = iter(inputs.leaves())
+    leaves = iter(zip(_input_names(model, inputs), inputs.leaves(), strict=True))
     first: dict[int, str] = {}
     alias = {n: first.setdefault(id(t), n) for n, t in _all_tensors(model)}
+    owners = {_geometry(p): (n, p) for n, p in model.named_parameters()}
+    storages = {storage_of(p): n for n, p in model.named_parameters()}
+    placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
     for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
         kind = _KINDS[spec.kind]
-        name = spec.target if spec.target is not None else node.name
-        value = next(leaves) if kind == "input" else _lookup(exported, name)
-        sources[node] = Source(kind, alias.get(name, name), value)
-    return Trace(exported.graph_module, sources)
+        if kind == "input":
+            name, value = next(leaves)
+        else:
+            target = cast(str, spec.target)
+            name, value = target.removeprefix(PREFIX), _lookup(exported, target)
+            name = alias.get(name, name)
+        if kind == "constant" and isinstance(value, Tensor) and _geometry(value) in owners:
+            kind, (name, value) = "parameter", owners[_geometry(value)]
+        elif kind == "constant" and isinstance(value, Tensor) and storage_of(value) in storages:
+            raise UnrecordableError(None, f"{name} is a view of {storages[storage_of(value)]}, made outside of forward")
+        sources[node] = Source(kind, name, value)
+    for node in list(exported.graph.nodes):
+        if operation(node) in ("aten._assert_tensor_metadata", "aten._assert_scalar") and not node.users:
+            exported.graph.erase_node(node)
+    split_einsums(exported.graph_module)
+    [results] = [n.args[0] for n in exported.graph.nodes if n.op == "output"]
+    kinds = [s.kind for s in exported.graph_signature.output_specs]
+    own = [n for n, kind in zip(results, kinds, strict=True) if kind == OutputKind.USER_OUTPUT]
+    return Trace(exported.graph_module, sources, tuple(own), notes)
+
+
+def _recorded(model: nn.Module, call: _Forward, inputs: Inputs, refused: Exception) -> Trace:
+    """Trace one recorded run, after ``torch.export`` refused."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise _untraceable(model, None, "a ScriptModule does not show its operations") from refused
+    recording, exported, failed = _record(model, call, inputs)
+    if isinstance(failed, UnrecordableError):
+        raise _untraceable(model, failed.spot, str(failed)) from refused
+    if recording is None or exported is None:
+        _require_running(model, call, inputs)
+        raise _untraceable(model, _innermost(failed) or _innermost(refused), _of(failed or refused)) from refused
+    notes = (*recording.notes, *(f"{show(s)}: takes values out of torch; {FOLLOWED}" for s in recording.outside))
+    trace = _trace_of(model, inputs, exported, notes)
+    if not _repeats(trace, model, call, inputs, recording):
+        if recording.outside:
+            reason = "values leave torch here, and what becomes of them outside cannot be followed"
+            raise _untraceable(model, recording.outside[0], reason) from refused
+        raise _untraceable(model, _innermost(refused), _of(refused)) from refused
+    return trace
+
+
+def _record(
+    model: nn.Module, call: _Forward, inputs: Inputs
+) -> tuple[Recording | None, torch.export.ExportedProgram | None, Exception | None]:
+    """Record a run and export it; return the error instead of raising it, so that it chains to none."""
+    try:
+        with unchanged(model, buffers=True), same_random_numbers(model):
+            recording = record(model, call, inputs.args, inputs.kwargs)
+        return recording, _export(model, recording.replay, inputs), None
+    except Exception as e:
+        return None, None, e
+
+
+def _repeats(trace: Trace, model: nn.Module, call: _Forward, inputs: Inputs, recording: Recording) -> bool:
+    """Tell whether a recorded run gives what the model gives, on the example and near it."""
+    if any(x.is_meta for x in recording.outputs):
+        return not recording.outside
+    placeholders = [n for n, s in trace.sources.items() if s.kind == "input"]
+
+    def run(given: Inputs) -> list[Tensor]:
+        with unchanged(model, buffers=True), same_random_numbers(model):
+            values = trace.run(dict(zip(placeholders, given.leaves(), strict=True)))
+            return [values[n] for n in trace.outputs]
+
+    if not _close(run(inputs), recording.outputs):
+        return False
+    if recording.notes:  # near the example the model may take another path, and one that never ends
+        return not recording.outside
+    with same_random_numbers(model):
+        near = inputs.map(_near)
+        kept = [(p, p.detach().clone()) for p in model.parameters()]
+        try:
+            for p, value in kept:
+                p.data.copy_(_near(value))
+            try:
+                with unchanged(model, buffers=True), same_random_numbers(model):
+                    expected = call(*near.map(Tensor.clone).args, **near.map(Tensor.clone).kwargs)
+                same = _close(run(near), expected)
+            except Exception:  # what came from outside does not fit any more
+                same = False
+        finally:
+            for p, value in kept:
+                p.data.copy_(value)
+    return same
+
+
+def _near(x: Tensor) -> Tensor:
+    """Return a tensor a few percent away."""
+    if not x.is_floating_point() or not x.numel():
+        return x
+    return x + 0.05 * x.abs().mean() * torch.randn_like(x)
+
+
+def _close(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(_near_enough(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _near_enough(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if not (x.is_floating_point() or x.is_complex()):
+        return torch.equal(x, y)
+    tol = 0.05 if torch.finfo(x.dtype).bits <= 16 else 1e-4
+    scale = float(y[y.isfinite()].abs().max()) if bool(y.isfinite().any()) else 1.0
+    return torch.allclose(x, y, rtol=tol, atol=tol * scale, equal_nan=True)
+
+
+def _to_meta(x: Tensor) -> Tensor:
+    return x.to("meta")
+
+
+def _geometry(x: Tensor) -> tuple[Any, ...]:
+    """Return what two tensors share only if they are the same piece of memory, seen in the same way."""
+    strided = (x.storage_offset(), x.stride()) if x.layout is torch.strided else None
+    return storage_of(x), strided, x.shape, x.dtype
+
+
+def _input_names(model: nn.Module, inputs: Inputs) -> list[str]:
+    """Name every leaf of the inputs as the model's forward does, such as ``x`` or ``batch['mask']``."""
+    parameters = _signature(model)
+    positional = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named = [(positional[i] if i < len(positional) else f"args_{i}", x) for i, x in enumerate(inputs.args)]
+    named += inputs.kwargs.items()
+    return [n + pytree.keystr(path) for n, x in named for path, _ in pytree.tree_flatten_with_path(x)[0]]
+
+
+def _signature(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module, inputs: Inputs) -> Generator[dict[str, Any]]:
+    """Turn off key/value caches unless the inputs ask for them; yield what the forward takes beside its inputs."""
+    names = list(_signature(model))
+    if "use_cache" in inputs.kwargs or "use_cache" in names[: len(inputs.args)]:
+        yield {}
+        return
+    configs: dict[int, Any] = {id(x): x for m in model.modules() if (x := getattr(m, "config", None)) is not None}
+    found = [x for x in configs.values() if getattr(x, "use_cache", None) is True]
+    for config in found:
+        config.use_cache = False
+    try:
+        yield {"use_cache": False} if "use_cache" in names else {}
+    finally:
+        for config in found:
+            config.use_cache = True
+
+
+def _require_running(model: nn.Module, call: nn.Module, inputs: Inputs) -> None:
+    """Require that the model runs on the example inputs."""
+    try:
+        with unchanged(model, buffers=True), same_random_numbers(model):
+            call(*inputs.args, **inputs.kwargs)
+    except Exception as e:
+        if any(isinstance(x, Tensor) and x.is_meta for x in inputs.leaves()) and "meta" in str(e):
+            return  # it runs, but not without values
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in inputs.leaves()]
+        raise TraceError(
+            f"{type(model).__name__} does not run on the example inputs, of shapes {shapes}: {_of(e)}",
+            expected="inputs on which model(*example_inputs) runs",
+            mend="pass what your training loop passes: example_inputs=next(iter(loader))[0]",
+        ) from e
+
+
+def _untraceable(model: nn.Module, spot: Spot | None, reason: str) -> TraceError:
+    code = getattr(model.forward, "__code__", None)
+    if spot is None and code is not None and is_foreign(code.co_filename):
+        spot = code.co_filename, code.co_firstlineno, code.co_name
+    return TraceError(
+        f"{type(model).__name__} cannot be traced: {show(spot)}: {reason}",
+        expected="a forward made of torch operations. Without a trace, the groupings "
+        '"weights", "neurons", "filters", "kernels" and "in_channels" work, and so does dg.Select',
+        mend=f"move that line out of forward, or {_gate_a_child(model)}",
+    )
+
+
+def _says(model: nn.Module, notes: tuple[str, ...]) -> str:
+    return (
+        f"{type(model).__name__} was traced for the example inputs only:\n  " + "\n  ".join(notes) + "\n"
+        "Expected: a forward that does the same whatever values its tensors hold.\n"
+        f"Mend: make sure that all inputs take this path, or {_gate_a_child(model)}"
+    )
+
+
+def _gate_a_child(model: nn.Module) -> str:
+    """Say how to gate the largest child of a model instead of the whole."""
+    sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}
+    if not any(sizes.values()):
+        return "gate a submodule that has no such line"
+    name = max(sizes, key=lambda n: sizes[n])
+    child = f"model.{name}" if name.isidentifier() else f'model.get_submodule("{name}")'
+    return f'gate a submodule: dg.gate({child}, "channels", example_inputs=...)'
+
+
+def _innermost(error: BaseException | None) -> Spot | None:
+    """Return the innermost line of the user's code that an error, or one that caused it, passed through."""
+    seen: list[BaseException] = []
+    step: BaseException | None = error
+    while step is not None and step not in seen:
+        if spots := spots_of_error(step):
+            return spots[-1]
+        seen.append(step)
+        step = step.__cause__ or step.__context__
+    return None
 
 
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -217,5 +489,7 @@ def _lookup(exported: torch.export.ExportedProgram, name: str) -> Any:
     return exported.state_dict[name] if name in exported.state_dict else exported.constants[name]
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "no message")
+def _of(error: Exception) -> str:
+    """Return the type and the first line of an error."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    return f"{type(error).__name__}: {line}"

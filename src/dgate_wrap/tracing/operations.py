@@ -1,4 +1,4 @@
-"""What each operation of a graph does to the axes of its operands: one table from operations to a few families.
+"""What each operation of a graph does to the axes of its operands: one table from operations to families.
 
 Whoever walks the graph (labels, constants, liveness, cutting) asks `describe` for the family of a node and has one
 rule per family. An operation that stands in no table is a `Barrier`: whatever meets it is kept whole.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,94 +16,27 @@ from torch import Tensor
 from torch.fx import Node
 
 from .capture import operation
+from .families import (
+    Attention,
+    Barrier,
+    Bilinear,
+    Contraction,
+    Creation,
+    Family,
+    Halves,
+    Indexing,
+    Lookup,
+    Mixing,
+    Movement,
+    NormedWeight,
+    Pick,
+    Pointwise,
+    Product,
+    Ranking,
+    Recurrence,
+)
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Movement:
-    """Every output element is one input element, or a constant. ``run`` applies the operation to stand-ins."""
-
-    inputs: tuple[Node, ...]
-    run: Callable[[list[Tensor]], Any]
-
-
-@dataclass(frozen=True)
-class Pointwise:
-    """Every output element reads the elements at its own (broadcast) position. ``product``: zero absorbs."""
-
-    operands: tuple[Node, ...]
-    product: bool = False
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """A linear map of an activation by a weight: ``out = weight * x + bias``, summed over the channels of x.
-
-    ``apply(x, weight)`` runs it without bias. The input channels are ``x_axis`` of x and ``w_in`` of the weight, the
-    output channels ``out_axis`` and ``w_out``; other axes are kernel or position. ``padded`` means that some outputs
-    see fewer inputs than others (zero padding, transposed convolution).
-    """
-
-    x: Node
-    weight: Node
-    bias: Node | None
-    x_axis: int
-    w_in: int
-    w_out: int
-    out_axis: int
-    apply: Callable[[Tensor, Tensor], Tensor]
-    groups: int = 1
-    padded: bool = False
-    spatial: bool = False
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """Elements of x mix along some axes and never along the others.
-
-    ``out_axis[a]`` is where axis ``a`` of x lies in the output, or ``None`` if it is gone. ``parameters`` are
-    ``(node, its axis, the axis of x)``; an output is constant where ``scale`` is zero. ``kind`` says what happens
-    along the mixed axes: a norm's statistics, a pooling, a reduction, or a softmax or cumulative sum.
-    """
-
-    kind: Literal["norm", "pool", "reduction", "scan"]
-    x: Node
-    mixed: frozenset[int]
-    out_axis: tuple[int | None, ...]
-    parameters: tuple[tuple[Node, int, int], ...] = ()
-    scale: Node | None = None
-
-
-@dataclass(frozen=True)
-class Lookup:
-    """Rows of a table by integer index."""
-
-    table: Node
-    indices: Node
-
-
-@dataclass(frozen=True)
-class Creation:
-    """A tensor made from nothing."""
-
-
-@dataclass(frozen=True)
-class Pick:
-    """One of several results of another node."""
-
-    source: Node
-    index: int
-
-
-@dataclass(frozen=True)
-class Barrier:
-    """An operation without a rule: whatever goes in or comes out stays whole."""
-
-    inputs: tuple[Node, ...]
-
-
-Family: TypeAlias = Movement | Pointwise | Contraction | Mixing | Lookup | Creation | Pick | Barrier
 
 
 def tensor_of(node: Node) -> Any:
@@ -115,6 +47,11 @@ def tensor_of(node: Node) -> Any:
 def shape_of(node: Node) -> Shape:
     """Return the shape of a tensor-valued node."""
     return tuple(int(n) for n in tensor_of(node).shape)
+
+
+def shape_of_value(value: Any) -> Shape:
+    """Return the shape of a traced value, or of the first of several."""
+    return tuple(int(n) for n in (value if isinstance(value, Tensor) else value[0]).shape)
 
 
 def is_tensor(node: Node) -> bool:
@@ -137,19 +74,22 @@ _MOVEMENTS = _names(
     split_with_sizes chunk unbind flatten unflatten movedim constant_pad_nd pad pixel_shuffle pixel_unshuffle
     channel_shuffle flip roll repeat tile cat stack narrow reflection_pad1d reflection_pad2d reflection_pad3d
     replication_pad1d replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d
-    upsample_nearest3d diagonal swapaxes
+    upsample_nearest3d diagonal swapaxes slice_scatter select_scatter copy view_as squeeze_ numpy_T mT mH
+    adjoint swapdims expand_as unfold unfold_copy im2col roll rot90 fliplr flipud
     """
 )
 _ALSO_POINTWISE = _names(
     """
     clone contiguous alias detach _to_copy to dropout feature_dropout alpha_dropout lift_fresh_copy zeros_like
     ones_like full_like hardswish where masked_fill leaky_relu_ rsub fill rrelu add mul sub div
+    empty_like polar
     """
 )
 _PRODUCTS = frozenset({"mul"})
 _CREATIONS = _names(
     """
-    zeros ones full arange empty scalar_tensor eye linspace tril_indices triu_indices
+    zeros ones full arange empty scalar_tensor eye linspace tril_indices triu_indices new_zeros new_ones new_full
+    new_empty
     """
 )
 _SPATIAL = _names(
@@ -161,13 +101,21 @@ _SPATIAL = _names(
 )
 _REDUCTIONS = _names(
     """
-    mean sum amax amin var std logsumexp all any prod
+    mean sum amax amin var std logsumexp all any prod linalg_vector_norm norm
     """
 )
 
 
+_ALIASES = {
+    "multiply": "mul", "subtract": "sub", "divide": "div", "true_divide": "div", "negative": "neg", "absolute": "abs",
+    "clip": "clamp", "concat": "cat", "concatenate": "cat", "moveaxis": "movedim", "swapaxes": "transpose",
+    "swapdims": "transpose", "special_expit": "sigmoid", "inner": "linear",
+}  # fmt: skip
+
+
 def _name(node: Node) -> str:
-    return operation(node).removeprefix("aten.")
+    name = operation(node).removeprefix("aten.")
+    return _ALIASES.get(name, name)
 
 
 def describe(node: Node, varying: frozenset[Node]) -> Family:
@@ -189,7 +137,7 @@ def describe(node: Node, varying: frozenset[Node]) -> Family:
     tags = cast("list[torch.Tag]", getattr(node.target, "tags", []))
     if (torch.Tag.pointwise in tags or name in _ALSO_POINTWISE) and is_tensor(node):
         return Pointwise(tensor_inputs(node), name in _PRODUCTS)
-    if name in _CREATIONS and not tensor_inputs(node):
+    if name in _CREATIONS and (name.startswith("new_") or not tensor_inputs(node)):
         return Creation()
     for n in (1, 2, 3):
         if name.replace(f"{n}d", "{n}d") in _SPATIAL and isinstance(node.args[0], Node):
@@ -242,11 +190,207 @@ def _linear(node: Node, varying: frozenset[Node]) -> Family | None:
 
 
 def _matmul(node: Node, varying: frozenset[Node]) -> Family | None:
-    x, weight = cast("tuple[Node, Node]", node.args[:2])
-    if weight in varying or len(shape_of(weight)) != 2:
+    a, b = cast("tuple[Node, Node]", node.args[:2])
+    ndim_a, ndim_b = len(shape_of(a)), len(shape_of(b))
+    if b not in varying and ndim_b == 2:
+        return Contraction(a, b, None, ndim_a - 1, 0, 1, len(shape_of(node)) - 1, torch.matmul)
+    if a not in varying and ndim_a == 2 and ndim_b >= 2:
+        return Contraction(b, a, None, ndim_b - 2, 1, 0, ndim_b - 2, lambda x, w: torch.matmul(w, x))
+    if not ndim_a or not ndim_b:
         return None
-    last = len(shape_of(x)) - 1
-    return Contraction(x, weight, None, last, 0, 1, len(shape_of(node)) - 1, torch.matmul)
+    batch = "abcdefgh"[: max(ndim_a, ndim_b, 2) - 2]
+    a_axes = (batch[len(batch) - max(ndim_a - 2, 0) :] + "mk")[-ndim_a:] if ndim_a > 1 else "k"
+    b_axes = batch[len(batch) - max(ndim_b - 2, 0) :] + "kn" if ndim_b > 1 else "k"
+    out = batch + "m" * (ndim_a > 1) + "n" * (ndim_b > 1)
+    return Product((a, b), a, b, a_axes, b_axes, out)
+
+
+def _baddbmm(node: Node, varying: frozenset[Node]) -> Family | None:
+    addend, a, b = cast("tuple[Node, Node, Node]", node.args[:3])
+    return Product((addend, a, b), a, b, "amk", "akn", "amn", addend)
+
+
+def _grouped_mm(node: Node, varying: frozenset[Node]) -> Family | None:
+    """Rows of x times one of several weights each, by offsets: its rows and columns are shared by all."""
+    x, weight = cast("tuple[Node, Node]", node.args[:2])
+    if weight in varying or (len(shape_of(x)), len(shape_of(weight))) != (2, 3):
+        return None
+    return Product(tensor_inputs(node), x, weight, "mk", "ekn", "mn")
+
+
+def _einsum(node: Node, varying: frozenset[Node]) -> Family | None:
+    equation, operands = cast("tuple[str, list[Node]]", node.args[:2])
+    sides = equation.replace(" ", "").split("->")
+    terms = sides[0].split(",")
+    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+    hidden = [
+        len(shape_of(n)) - len(t.replace("...", "")) if "..." in t else 0 for n, t in zip(operands, terms, strict=True)
+    ]
+    dots = "".join(spare[: max(hidden)])
+    terms = [t.replace("...", dots[len(dots) - k :]) for t, k in zip(terms, hidden, strict=True)]
+    if len(sides) == 2:
+        out = sides[1].replace("...", dots)
+    else:
+        letters = "".join(terms)
+        out = dots + "".join(sorted(c for c in set(letters) if letters.count(c) == 1 and c not in dots))
+    if len(operands) != 2 or any(len(set(t)) < len(t) for t in (*terms, out)):
+        return None
+    (a, b), (a_axes, b_axes) = operands, terms
+    for x, w, x_axes, w_axes in ((a, b, a_axes, b_axes), (b, a, b_axes, a_axes)):
+        summed, made = set(w_axes) & set(x_axes) - set(out), set(w_axes) - set(x_axes)
+        if w not in varying and len(w_axes) == 2 and len(summed) == len(made) == 1 and set(x_axes) - summed < set(out):
+            (k,), (n,) = summed, made
+            return Contraction(
+                x, w, None, x_axes.index(k), w_axes.index(k), w_axes.index(n), out.index(n),
+                _einsum_of(f"{x_axes},{w_axes}->{out}"),
+            )  # fmt: skip
+    return Product((a, b), a, b, a_axes, b_axes, out)
+
+
+def _einsum_of(equation: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, w: torch.einsum(equation, x, w)
+
+
+def _attention(node: Node, varying: frozenset[Node]) -> Family | None:
+    query, key, value = cast("tuple[Node, Node, Node]", node.args[:3])
+    repeats = 1
+    if len(shape_of(query)) >= 4 and shape_of(query)[-3] != shape_of(value)[-3]:
+        repeats = shape_of(query)[-3] // shape_of(value)[-3]
+    return Attention(tensor_inputs(node), query, key, value, repeats)
+
+
+_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+def _recurrence(node: Node, varying: frozenset[Node]) -> Family | None:
+    name = _name(node)
+    if name.endswith("_cell"):
+        x, state, *weights = cast("list[Any]", list(node.args))
+        states = tuple(cast("list[Node]", state)) if isinstance(state, list | tuple) else (cast(Node, state),)
+        layer = (*weights, *[None] * (4 - len(weights)), None)
+        return Recurrence(tensor_inputs(node), x, states, (layer,), 1, _GATES[name.removesuffix("_cell")])
+    x, state, weights, biased, layers, _, _, bidirectional = cast("list[Any]", list(node.args[:8]))
+    if not isinstance(weights, list | tuple) or isinstance(biased, list | tuple):
+        return None  # packed sequences
+    states = tuple(cast("list[Node]", state)) if isinstance(state, list | tuple) else (cast(Node, state),)
+    cells = layers * (2 if bidirectional else 1)
+    each = len(cast("list[Node]", weights)) // cells
+    rows: list[tuple[Node | None, ...]] = []
+    for i in range(cells):
+        own = list(cast("list[Node]", weights)[i * each : (i + 1) * each])
+        projection = own.pop() if each in (3, 5) else None
+        rows.append((*own, *[None] * (4 - len(own)), projection))
+    return Recurrence(tensor_inputs(node), x, states, tuple(rows), 2 if bidirectional else 1, _GATES[name])
+
+
+def _index(node: Node, varying: frozenset[Node]) -> Family | None:
+    """Rule for index, index_put, index_select, gather and the like."""
+    name, x = _name(node), cast(Node, node.args[0])
+    target, args = cast(Callable[..., Tensor], node.target), node.args
+    written: Node | None = None
+    if name in ("index", "index_put"):
+        listed = cast("list[Node | None]", args[1])
+        axes = tuple(i for i, n in enumerate(listed) if n is not None)
+        indices = tuple(n for n in listed if n is not None)
+        masks = [n for n in indices if tensor_of(n).dtype in (torch.bool, torch.uint8) and len(shape_of(n)) > 1]
+        if masks:
+            return None if len(indices) > 1 else _masked_index(node, x, masks[0])
+        written = cast(Node, args[2]) if name == "index_put" else None
+        same = name == "index_put" or [len(shape_of(n)) for n in indices] == [1]
+    elif name in ("gather", "index_select", "index_add", "index_copy", "scatter", "scatter_add", "repeat_interleave"):
+        if name == "repeat_interleave" and not isinstance(args[1], Node):
+            return _movement(node)
+        axis = cast("int | None", _argument(node, 2, "dim") if name == "repeat_interleave" else args[1])
+        if axis is None:
+            return None
+        axes = (axis % max(len(shape_of(x)), 1),)
+        indices = (cast(Node, args[1] if name == "repeat_interleave" else args[2]),)
+        written = (
+            args[3]
+            if name in ("index_add", "index_copy", "scatter", "scatter_add") and isinstance(args[3], Node)
+            else None
+        )
+        if name in ("index_add", "scatter", "scatter_add"):
+            return None if written is None else Indexing(tensor_inputs(node), x, axes, indices, _never, written)
+        same = True
+    else:
+        return None
+    parts = [n for n in (x, written) if n is not None]
+
+    def run(stand_ins: list[Tensor], values: dict[Node, Tensor]) -> Tensor:
+        given = {**values, **dict(zip(parts, stand_ins, strict=True))}
+        real_args, real_kwargs = cast("tuple[Any, Any]", torch.fx.map_arg((args, node.kwargs), given.__getitem__))
+        return target(*real_args, **real_kwargs)
+
+    return Indexing(tensor_inputs(node), x, axes, indices, run, written, same)
+
+
+def _masked_index(node: Node, x: Node, mask: Node) -> Family:
+    """Positions picked by a boolean mask over leading axes."""
+    axes = tuple(range(len(shape_of(mask))))
+    target, args = cast(Callable[..., Tensor], node.target), node.args
+    written = cast(Node, args[2]) if _name(node) == "index_put" else None
+    parts = [n for n in (x, written) if n is not None]
+
+    def run(stand_ins: list[Tensor], values: dict[Node, Tensor]) -> Tensor:
+        given = {**values, **dict(zip(parts, stand_ins, strict=True))}
+        return target(*torch.fx.map_arg(args, given.__getitem__))
+
+    return Indexing(tensor_inputs(node), x, axes, (mask,), run, written, written is not None)
+
+
+def _never(stand_ins: list[Tensor], values: dict[Node, Tensor]) -> Tensor:
+    raise NotImplementedError("this operation adds, it does not move")
+
+
+def _ranking(node: Node, varying: frozenset[Node]) -> Family | None:
+    x, name = cast(Node, node.args[0]), _name(node)
+    position = {"topk": 2, "kthvalue": 2}.get(name, 1)
+    if name in ("max", "min", "median") and not isinstance(_argument(node, 1, "dim"), int):
+        if len(node.args) > 1:
+            return Pointwise(tensor_inputs(node))
+        return Mixing("reduction", x, frozenset(range(len(shape_of(x)))), (None,) * len(shape_of(x)))
+    axis = cast(int, _argument(node, position, "dim", -1))
+    first = shape_of_value(tensor_of(node))
+    return Ranking((x,), x, axis % max(len(shape_of(x)), 1), len(first) == len(shape_of(x)))
+
+
+def _bilinear(node: Node, varying: frozenset[Node]) -> Family | None:
+    x1, x2, weight, bias = (_argument(node, i, n) for i, n in enumerate(("input1", "input2", "weight", "bias")))
+    return None if weight in varying else Bilinear(tensor_inputs(node), x1, x2, weight, bias)
+
+
+def _tensordot(node: Node, varying: frozenset[Node]) -> Family | None:
+    a, b, over_a, over_b = cast("tuple[Node, Node, list[int], list[int]]", node.args[:4])
+    letters = iter("abcdefghijklmnopqrstuvwxyz")
+    a_axes = [next(letters) for _ in shape_of(a)]
+    b_axes = [next(letters) for _ in shape_of(b)]
+    for i, j in zip(over_a, over_b, strict=True):
+        b_axes[j] = a_axes[i]
+    summed = {a_axes[i] for i in over_a}
+    out = "".join(c for c in (*a_axes, *b_axes) if c not in summed)
+    return Product((a, b), a, b, "".join(a_axes), "".join(b_axes), out)
+
+
+def _glu(node: Node, varying: frozenset[Node]) -> Family | None:
+    x = cast(Node, node.args[0])
+    return Halves((x,), x, cast(int, _argument(node, 1, "dim", -1)) % len(shape_of(x)))
+
+
+def _weight_norm(node: Node, varying: frozenset[Node]) -> Family | None:
+    v, g = cast("tuple[Node, Node]", node.args[:2])
+    if v in varying or g in varying:
+        return None
+    return NormedWeight((v, g), v, g, cast(int, _argument(node, 2, "dim", 0)))
+
+
+def _complex(node: Node, varying: frozenset[Node]) -> Family | None:
+    """A complex number has one identity: that of its two united parts."""
+    x = cast(Node, node.args[0])
+    ndim = len(shape_of(x))
+    if _name(node) == "view_as_complex":
+        return Mixing("pool", x, frozenset({ndim - 1}), (*range(ndim - 1), None))
+    return Movement((x,), lambda s: s[0].unsqueeze(-1).expand(*s[0].shape, 2))
 
 
 def _addmm(node: Node, varying: frozenset[Node]) -> Family | None:
@@ -290,6 +434,17 @@ def _batch_norm(node: Node, varying: frozenset[Node]) -> Family | None:
     return _norm(node, cast(Node, x), frozenset(), [(v, 0, 1) for v in vectors if v is not None], vectors[0])
 
 
+def _own_batch_norm(node: Node, varying: frozenset[Node]) -> Family | None:
+    """Batch norm by the statistics of the batch itself: a channel of zeros stays one."""
+    x, *vectors = cast("list[Node | None]", list(node.args[:3]))
+    if any(v in varying for v in vectors if v is not None):
+        return None
+    ndim = len(shape_of(cast(Node, x)))
+    mixed = frozenset(range(ndim)) - {1}
+    links = tuple((v, 0, 1) for v in vectors if v is not None)
+    return Mixing("norm", cast(Node, x), mixed, tuple(range(ndim)), links, vectors[0], keeps_zero=True)
+
+
 def _layer_norm(node: Node, varying: frozenset[Node]) -> Family | None:
     x = cast(Node, node.args[0])
     sizes = cast("list[int]", node.args[1])
@@ -300,6 +455,17 @@ def _layer_norm(node: Node, varying: frozenset[Node]) -> Family | None:
     mixed = range(ndim - len(sizes), ndim)
     links = [(v, a - mixed.start, a) for v in vectors if v is not None for a in mixed]
     return _norm(node, x, frozenset(mixed), links, None)
+
+
+def _rms_norm(node: Node, varying: frozenset[Node]) -> Family | None:
+    x, sizes = cast("tuple[Node, list[int]]", node.args[:2])
+    ndim = len(shape_of(x))
+    weight = cast("Node | None", _argument(node, 2, "weight"))
+    if weight in varying:
+        return None
+    mixed = range(ndim - len(sizes), ndim)
+    links = [(weight, a - mixed.start, a) for a in mixed] if weight is not None else []
+    return Mixing("norm", x, frozenset(mixed), tuple(range(ndim)), tuple(links), None, keeps_zero=True)
 
 
 def _group_norm(node: Node, varying: frozenset[Node]) -> Family | None:
@@ -330,18 +496,24 @@ def _softmax(node: Node, varying: frozenset[Node]) -> Family | None:
 
 
 def _spatial(node: Node, x: Node, n: int) -> Mixing:
+    """Pool or resize over the last axes; along an axis with a kernel of one, nothing mixes."""
     ndim = len(shape_of(x))
-    return Mixing("pool", x, frozenset(range(ndim - n, ndim)), tuple(range(ndim)))
+    kernel = _argument(node, 1, "kernel_size") if _name(node).startswith(("max_pool", "avg_pool")) else None
+    sizes = kernel if isinstance(kernel, list | tuple) and len(cast("list[int]", kernel)) == n else [2] * n
+    mixed = frozenset(a for a, k in zip(range(ndim - n, ndim), cast("list[int]", sizes), strict=True) if k != 1)
+    return Mixing("pool", x, mixed, tuple(range(ndim)))
 
 
 def _reduction(node: Node, x: Node) -> Mixing:
     ndim = len(shape_of(x))
-    axes = _argument(node, 1, "dim")
+    names = [a.name for a in cast(Any, node.target)._schema.arguments]
+    axes = _argument(node, names.index("dim"), "dim") if "dim" in names else None
     axes = range(ndim) if axes is None or axes == [] or _dtype_only(node) else [axes] if isinstance(axes, int) else axes
     mixed = frozenset(a % ndim for a in axes)
     keepdim = len(shape_of(node)) == ndim
     place = iter(range(ndim))
-    return Mixing("reduction", x, mixed, tuple(next(place) if keepdim or a not in mixed else None for a in range(ndim)))
+    out_axis = tuple(next(place) if keepdim or a not in mixed else None for a in range(ndim))
+    return Mixing("reduction", x, mixed, out_axis, keeps_zero=_name(node) == "sum")
 
 
 def _dtype_only(node: Node) -> bool:
@@ -364,14 +536,31 @@ def _prelu(node: Node, varying: frozenset[Node]) -> Family | None:
 
 _TABLE: dict[str, Callable[[Node, frozenset[Node]], Family | None]] = {
     "linear": _linear,
-    "matmul": _matmul,
-    "mm": _matmul,
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot"), _matmul),
+    "baddbmm": _baddbmm,
+    **dict.fromkeys(("_grouped_mm", "transformers.grouped_mm_fallback"), _grouped_mm),
+    "einsum": _einsum,
+    "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrence),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _recurrence),
+    **dict.fromkeys(("index", "index_put", "gather", "index_select", "index_add", "index_copy"), _index),
+    **dict.fromkeys(("scatter", "scatter_add", "repeat_interleave"), _index),
+    "glu": _glu,
+    "type_as": lambda node, varying: Pointwise((cast(Node, node.args[0]),)),
+    **dict.fromkeys(("topk", "sort", "max", "min", "argsort", "argmax", "argmin", "kthvalue", "median"), _ranking),
+    "bilinear": _bilinear,
+    "tensordot": _tensordot,
+    **dict.fromkeys(("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only"), _embedding),
+    **dict.fromkeys(("_weight_norm", "_weight_norm_interface"), _weight_norm),
+    **dict.fromkeys(("view_as_complex", "view_as_real"), _complex),
     "addmm": _addmm,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
     **dict.fromkeys(("_native_batch_norm_legit_no_training", "batch_norm"), _batch_norm),
+    "_native_batch_norm_legit": _own_batch_norm,
     "instance_norm": _instance_norm,
     "layer_norm": _layer_norm,
+    **dict.fromkeys(("rms_norm", "_fused_rms_norm"), _rms_norm),
     "group_norm": _group_norm,
     **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum"), _softmax),
     "embedding": _embedding,

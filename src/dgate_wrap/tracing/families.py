@@ -1,0 +1,194 @@
+"""The families of operations: what an operation does to the axes of its operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
+from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class Movement:
+    """Every output element is one input element, or a constant. ``run`` applies the operation to stand-ins."""
+
+    inputs: tuple[Node, ...]
+    run: Callable[[list[Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """Every output element reads the elements at its own (broadcast) position. ``product``: zero absorbs."""
+
+    operands: tuple[Node, ...]
+    product: bool = False
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A linear map of an activation by a weight: ``out = weight * x + bias``, summed over the channels of x.
+
+    ``apply(x, weight)`` runs it without bias. The input channels are ``x_axis`` of x and ``w_in`` of the weight, the
+    output channels ``out_axis`` and ``w_out``; other axes are kernel or position. ``padded`` means that some outputs
+    see fewer inputs than others (zero padding, transposed convolution).
+    """
+
+    x: Node
+    weight: Node
+    bias: Node | None
+    x_axis: int
+    w_in: int
+    w_out: int
+    out_axis: int
+    apply: Callable[[Tensor, Tensor], Tensor]
+    groups: int = 1
+    padded: bool = False
+    spatial: bool = False
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Elements of x mix along some axes and never along the others.
+
+    ``out_axis[a]`` is where axis ``a`` of x lies in the output, or ``None`` if it is gone. ``parameters`` are
+    ``(node, its axis, the axis of x)``; an output is constant where ``scale`` is zero. ``kind`` says what happens
+    along the mixed axes: a norm's statistics, a pooling, a reduction, or a softmax or cumulative sum. ``keeps_zero``:
+    a slice of zeros stays zero whatever the others hold, before the parameters (RMSNorm; a sum).
+    """
+
+    kind: Literal["norm", "pool", "reduction", "scan"]
+    x: Node
+    mixed: frozenset[int]
+    out_axis: tuple[int | None, ...]
+    parameters: tuple[tuple[Node, int, int], ...] = ()
+    scale: Node | None = None
+    keeps_zero: bool = False
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of a table by integer index."""
+
+    table: Node
+    indices: Node
+
+
+@dataclass(frozen=True)
+class Creation:
+    """A tensor made from nothing."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One of several results of another node."""
+
+    source: Node
+    index: int
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """An operation without a rule: whatever goes in or comes out stays whole.
+
+    Families derived from it are barriers to whoever has no rule of their own for them.
+    """
+
+    inputs: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Product(Barrier):
+    """A sum of products of two operands, as an einsum: matmul and bmm of activations, or with a batched weight.
+
+    Every axis has a letter. A letter that is missing from ``out_axes`` is summed over; an operand may have size 1 along
+    a letter, and then it is broadcast. ``addend`` is added to the result.
+    """
+
+    a: Node
+    b: Node
+    a_axes: str
+    b_axes: str
+    out_axes: str
+    addend: Node | None = None
+
+
+@dataclass(frozen=True)
+class Attention(Barrier):
+    """Scaled dot-product attention; ``repeats`` query heads share a key-value head, on axis -3."""
+
+    query: Node
+    key: Node
+    value: Node
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Recurrence(Barrier):
+    """An LSTM, GRU or plain RNN, or a single step of one.
+
+    ``layers`` lists, per layer and direction, ``(w_ih, w_hh, b_ih, b_hh, w_hr)``, absent ones as ``None``. The last
+    axis of x holds its channels; ``states`` are the initial states.
+    """
+
+    x: Node
+    states: tuple[Node, ...]
+    layers: tuple[tuple[Node | None, ...], ...]
+    directions: int
+    gates: int
+
+
+@dataclass(frozen=True)
+class Indexing(Barrier):
+    """Elements of x picked along some axes by integer (or boolean) tensors, all others whole: index, gather and kin.
+
+    ``source`` is ``None``, or what is written there (index_put). ``run`` applies the operation to stand-ins of x and
+    the written tensor, given the values of the indices. ``same_axes`` tells that output axes lie where those of x do.
+    """
+
+    x: Node
+    axes: tuple[int, ...]
+    indices: tuple[Node, ...]
+    run: Callable[[list[Tensor], dict[Node, Tensor]], Tensor]
+    source: Node | None = None
+    same_axes: bool = True
+
+
+@dataclass(frozen=True)
+class Ranking(Barrier):
+    """Elements of x picked along an axis by comparing them: topk, sort, max; the first result holds them."""
+
+    x: Node
+    axis: int
+    keeps_axis: bool
+
+
+@dataclass(frozen=True)
+class Bilinear(Barrier):
+    """``out_o = x1 W_o x2 + bias_o`` over the last axes, with a weight ``(out, in1, in2)``."""
+
+    x1: Node
+    x2: Node
+    weight: Node
+    bias: Node | None
+
+
+@dataclass(frozen=True)
+class Halves(Barrier):
+    """A gated linear unit: the first half along an axis times a function of the second."""
+
+    x: Node
+    axis: int
+
+
+@dataclass(frozen=True)
+class NormedWeight(Barrier):
+    """Weight normalization ``w = g · v / ‖v‖``, one ``g`` per index along an axis of v."""
+
+    v: Node
+    g: Node
+    axis: int
+
+
+Family: TypeAlias = Movement | Pointwise | Contraction | Mixing | Lookup | Creation | Pick | Barrier

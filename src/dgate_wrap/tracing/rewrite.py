@@ -1,0 +1,44 @@
+"""Write operations of many operands as chains of operations of two, so that one rule serves them all."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch.fx import GraphModule, Node
+
+
+def split_einsums(graph_module: GraphModule) -> None:
+    """Replace every einsum of three or more operands by pairwise ones, from left to right, in place.
+
+    A letter is summed over as soon as no later operand and no output has it. The results agree up to rounding.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        operands = cast("list[Node]", node.args[1]) if str(node.target) == "aten.einsum.default" else []
+        equation = cast(str, node.args[0]).replace(" ", "") if operands else ""
+        if len(operands) < 3 or "..." in equation or "->" not in equation:
+            continue
+        inputs, out = equation.split("->")
+        terms = inputs.split(",")
+        left, axes = operands[0], terms[0]
+        with graph.inserting_before(node):
+            for i in range(1, len(operands)):
+                later = set("".join(terms[i + 1 :]) + out)
+                last = i == len(operands) - 1
+                made = out if last else "".join(c for c in dict.fromkeys(axes + terms[i]) if c in later)
+                left = _insert(graph_module, f"{axes},{terms[i]}->{made}", left, operands[i], node)
+                axes = made
+        node.replace_all_uses_with(left)
+        graph.erase_node(node)
+    graph_module.recompile()
+
+
+def _insert(graph_module: GraphModule, equation: str, a: Node, b: Node, like: Node) -> Node:
+    node = graph_module.graph.call_function(cast(Any, torch.ops.aten.einsum.default), (equation, [a, b]))
+    values = [
+        torch.empty(tuple(int(s) for s in n.meta["val"].shape), dtype=n.meta["val"].dtype, device="meta")
+        for n in (a, b)
+    ]
+    node.meta = {**like.meta, "val": torch.einsum(equation, *values)}
+    return node
