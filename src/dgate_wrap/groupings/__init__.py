@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from . import structural as structural  # they register the built-in groupings
+from . import branches as branches  # they register the built-in groupings
+from . import ensembles as ensembles
+from . import experts as experts
+from . import structural as structural
 from . import traced as traced
 from .registry import Grouping, GroupSpec, groupings, register_grouping, resolve
 from .select import Select

@@ -144,6 +144,31 @@ def needs_trace(groups: object) -> bool:
     return bool(getattr(groups, "needs_trace", False))
 
 
+def kinds(groups: object) -> list[str]:
+    """Return the kind of every grouping of a specification, in order, without resolving any.
+
+    Raises:
+        UnknownGroupingError: If a name is not registered.
+        GroupingError: If a specification is of no known type.
+    """
+    if isinstance(groups, list | tuple):
+        return [kind for entry in cast(Iterable[object], groups) for kind in kinds(entry)]
+    if isinstance(groups, str):
+        return [lookup(groups).name]
+    if isinstance(groups, Selection):
+        return [getattr(groups, "kind", "select")]
+    if isinstance(groups, Mapping):
+        return ["labels"]
+    if callable(groups):
+        return [getattr(groups, "__name__", "callable")]
+    raise GroupingError(
+        f"groups is a {type(groups).__name__}.",
+        expected="a registered name, a dg.Select, a mapping of labels, a callable (model, trace) → labels, "
+        "or a list of them",
+        mend='dg.gate(model, "filters")',
+    )
+
+
 def resolve(groups: object, model: nn.Module, trace: Any = None) -> list[tuple[str, dict[str, Tensor]]]:
     """Turn a specification of groups into pairs of a kind and checked labels, one pair per grouping.
 
@@ -166,7 +191,12 @@ def resolve(groups: object, model: nn.Module, trace: Any = None) -> list[tuple[s
                 "the list of groupings is empty.", expected="at least one grouping", mend='dg.gate(model, ["filters"])'
             )
         return [pair for entry in entries for pair in resolve(entry, model, trace)]
-    kind, result = _call(groups, model, trace)
+    [kind] = kinds(groups)
+    result = groups
+    if isinstance(groups, str):
+        result = lookup(groups).function(model, trace)
+    elif not isinstance(groups, Selection | Mapping):
+        result = cast(GroupingFunction, groups)(model, trace)
     while isinstance(result, Selection):
         result = result.labels(model, trace)
     if not isinstance(result, Mapping):
@@ -186,25 +216,6 @@ def resolve(groups: object, model: nn.Module, trace: Any = None) -> list[tuple[s
             "print([n for n, _ in model.named_parameters()]) lists what a pattern can match",
         )
     return [(kind, labels)]
-
-
-def _call(groups: object, model: nn.Module, trace: Any) -> tuple[str, object]:
-    """Return the kind of one specification, and what it gives for this model."""
-    if isinstance(groups, str):
-        found = lookup(groups)
-        return found.name, found.function(model, trace)
-    if isinstance(groups, Selection):
-        return getattr(groups, "kind", "select"), groups
-    if isinstance(groups, Mapping):
-        return "labels", cast(object, groups)
-    if callable(groups):
-        return getattr(groups, "__name__", "callable"), groups(model, trace)
-    raise GroupingError(
-        f"groups is a {type(groups).__name__}.",
-        expected="a registered name, a dg.Select, a mapping of labels, a callable (model, trace) → labels, "
-        "or a list of them",
-        mend='dg.gate(model, "filters")',
-    )
 
 
 def _under_first_names(labels: Labels, model: nn.Module) -> dict[str, Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +50,11 @@ class Select(_Algebra):
         at: Which indices along ``axis`` are grouped: a slice, an index or a list; the rest stays ungated.
         label: Function ``(name, parameter) → int64 labels``, instead of ``axis``; numbers start at 0 in each parameter.
         share: Whether equal numbers are the same group on all selected parameters.
+        merge: Index sequences; each makes one group of several. Indices number the groups that are selected otherwise,
+            in the order of their labels: those of ``Select("input_features")`` as the input has its features.
 
     Raises:
-        GroupingError: If rules contradict each other, or (when resolved) an axis or slice does not fit.
+        GroupingError: If rules contradict each other, or (when resolved) an axis, slice or merge does not fit.
 
     Example:
         >>> import dgate_wrap as dg
@@ -59,6 +62,9 @@ class Select(_Algebra):
         >>> chosen = dg.Select(types=torch.nn.Linear, names="*.weight", axis=0, block=2) - "2.*"
         >>> len(dg.groups(dg.gate(net, chosen)))
         3
+        >>> one_hot = dg.Select("in_channels", names="0.*", merge=[range(1, 4)])  # columns 1 to 3 live or die together
+        >>> len(dg.groups(dg.gate(dg.ungate(net), one_hot)))
+        2
     """
 
     source: str | None = None
@@ -71,6 +77,7 @@ class Select(_Algebra):
     at: Index | None = field(default=None, kw_only=True)
     label: Callable[[str, nn.Parameter], Tensor] | None = field(default=None, kw_only=True)
     share: bool = field(default=False, kw_only=True)
+    merge: Sequence[Sequence[int]] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         shape_rules = self.axis is not None or self.block != 1 or self.at is not None or self.label is not None
@@ -81,6 +88,8 @@ class Select(_Algebra):
             problem = "label=... and axis=, block= or at= are both given"
         elif self.at is not None and (self.axis is None or not isinstance(self.axis, int)):
             problem = f"at={self.at!r} needs a single axis, and axis={self.axis!r}"
+        elif not all(isinstance(cast(object, block), range | list | tuple) for block in self.merge):
+            problem = f"merge={self.merge!r} holds something else than ranges, lists and tuples of indices"
         if problem:
             raise GroupingError(
                 f"dg.Select: {problem}.",
@@ -107,9 +116,11 @@ class Select(_Algebra):
         chosen = self._parameters(model)
         if self.source is not None and self._grouping:
             [(_, found)] = resolve(self.source, model, trace)
-            return keep_inside(found, set(chosen))
-        each = {name: self._label(name, p) for name, p in chosen.items()}
-        return each if self.share else lb.disjoint(each)
+            found = keep_inside(found, set(chosen))
+        else:
+            each = {name: self._label(name, p) for name, p in chosen.items()}
+            found = each if self.share else lb.disjoint(each)
+        return _merged(found, self.merge) if self.merge and found else found
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         globs = [self.names] if isinstance(self.names, str) else list(self.names or ())
@@ -219,6 +230,10 @@ class _Given(_Algebra):
 
     given: object
 
+    @property
+    def needs_trace(self) -> bool:
+        return needs_trace(self.given)
+
     def labels(self, model: nn.Module, trace: Any) -> dict[str, Tensor]:
         [(_, found)] = resolve(self.given, model, trace)
         return found
@@ -236,8 +251,34 @@ def keep_inside(labels: lb.Labels, names: set[str]) -> dict[str, Tensor]:
     return lb.drop_groups(labels, doomed)
 
 
+def _merged(labels: lb.Labels, blocks: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Give all groups of a block the label of its first."""
+    groups = torch.cat([lb.used(t) for t in labels.values()]).unique()
+    counts = Counter(i for block in blocks for i in block)
+    outside = [i for i in counts if i not in range(groups.numel())]
+    twice = [i for i, n in counts.items() if n > 1]
+    if outside or twice:
+        bad = ", ".join(map(repr, (outside or twice)[:4]))
+        raise GroupingError(
+            f"dg.Select: merge={blocks!r} names {bad} "
+            + ("of " if outside else "more than once, of ")
+            + f"{groups.numel()} groups.",
+            expected=f"blocks of indices from 0 to {groups.numel() - 1} that share none",
+            mend="dg.Select(..., merge=[range(0, 2), ...]); print(dg.groups(model).names) of a model gated without "
+            "merge shows the groups",
+        )
+    target = groups.clone()
+    for block in filter(len, blocks):
+        target[list(block)] = groups[min(block)]
+    return {n: torch.where(t >= 0, target[torch.searchsorted(groups, t)], t) for n, t in labels.items()}
+
+
 def restrict(
-    labels: lb.Labels, model: nn.Module, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+    kind: str,
+    labels: lb.Labels,
+    model: nn.Module,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
 ) -> dict[str, Tensor]:
     """Keep the groups whose parameters all match ``include`` and none of which matches ``exclude``.
 
@@ -256,9 +297,14 @@ def restrict(
     inside = {n for n in names if (not wanted or matches(n, wanted)) and not matches(n, unwanted)}
     kept = keep_inside(labels, inside)
     if not kept:
+        groups = torch.cat([lb.used(t) for t in labels.values()]).unique()
+        reach = {n: lb.used(t).numel() for n, t in labels.items() if n not in inside}
+        most = sorted(reach, key=lambda n: -reach[n])
+        where = ", ".join(f"{reach[n]} on {n!r}" for n in most[:4]) + (", and others" if most[4:] else "")
         raise GroupingError(
-            f"include={include!r} and exclude={exclude!r} leave no group of {len(labels)} parameters that have groups.",
+            f"include={include!r} and exclude={exclude!r} leave no group of {kind!r}: each of its {groups.numel()} "
+            f"groups stands on a parameter that is left out ({where}), and a group is gated whole or not at all.",
             expected="at least one group that lies in included parameters only",
-            mend="widen include, or narrow exclude",
+            mend=f"narrow exclude or widen include, so that {most[0]!r} is in, or leave {kind!r} out",
         )
     return kept
