@@ -8,6 +8,11 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--long``."""
+    parser.addoption("--long", action="store_true", help="try every architecture, not a third of those of transformers")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def names_in_examples(doctest_namespace: dict[str, Any]) -> None:
     """Let every docstring example use ``torch`` without importing it."""

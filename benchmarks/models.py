@@ -80,6 +80,48 @@ class ResNet18(nn.Module):
         return self.head(x.mean((2, 3)))  # (B, 10)
 
 
+class Bottleneck(nn.Module):
+    """Three convolutions, narrow in the middle, beside a shortcut."""
+
+    def __init__(self, width: int, inner: int, stride: int) -> None:
+        super().__init__()
+        out = 4 * inner
+        self.conv1, self.bn1 = nn.Conv2d(width, inner, 1, bias=False), nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = nn.Conv2d(inner, inner, 3, stride, 1, bias=False), nn.BatchNorm2d(inner)
+        self.conv3, self.bn3 = nn.Conv2d(inner, out, 1, bias=False), nn.BatchNorm2d(out)
+        same = stride == 1 and width == out
+        self.shortcut = (
+            nn.Identity() if same else nn.Sequential(nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))  # (B, inner, H, W)
+        y = F.relu(self.bn2(self.conv2(y)))  # (B, inner, H / stride, W / stride)
+        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+
+
+class ResNet50(nn.Module):
+    """ResNet-50 for 224x224 images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        )
+        blocks: list[nn.Module] = []
+        width = 64
+        for inner, depth, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+            for i in range(depth):
+                blocks.append(Bottleneck(width, inner, stride if i == 0 else 1))
+                width = 4 * inner
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(2048, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.stem(x))  # (B, 3, 224, 224) -> (B, 2048, 7, 7)
+        return self.head(x.mean((2, 3)))  # (B, 1000)
+
+
 class Attention(nn.Module):
     """Causal self-attention with query, key and value in one fused weight."""
 

@@ -27,6 +27,15 @@ def _all_dead() -> dg.Exported:
     return dg.export(model, torch.randn(2, 3))
 
 
+class _Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x)) if x.sum() > 0 else self.b(-self.a(x))
+
+
 # the shortest wrong use that raises exactly this class, and what its text must name
 ROWS: dict[type[Exception], tuple[Callable[[], object], str]] = {
     dg.UnknownGroupingError: (lambda: dg.gate(_linear(), "neuron"), "neurons"),
@@ -37,6 +46,7 @@ ROWS: dict[type[Exception], tuple[Callable[[], object], str]] = {
     dg.PrecisionWarning: (_bf16, "'weight'"),
     dg.PruneError: (lambda: dg.prune(dg.gate(_linear(), "neurons"), ratio=2), "ratio=2"),
     dg.TraceError: (lambda: dg.export(dg.gate(_linear(), "neurons")), "example inputs"),
+    dg.TraceWarning: (lambda: dg.gate(_Branching(), "channels", example_inputs=torch.ones(2, 3)), "test_errors.py"),
     dg.ExportError: (_all_dead, "2 of 2 groups are dead"),
     dg.FileFormatError: (lambda: dg.load("nowhere", _linear()), "plan.json"),
 }

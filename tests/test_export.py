@@ -85,7 +85,7 @@ def test_export_of_random_networks_equals_the_gated_model(groups: list[str]) -> 
         try:
             dg.gate(model, groups, D=2, example_inputs=x)
         except dg.GroupingError as e:
-            assume("selects no weight" not in str(e))
+            assume("selects no weight" not in str(e) and "that can be gated" not in str(e))
             raise
         kill(model, share, generator)
         result = export_or_constant(model, x)

@@ -365,7 +365,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[dg.DGateError], str]] = {
     "labels in a list": (mlp, {"groups": {"0.weight": [0, 1]}}, GROUPING, "are list"),
     "labels below -1": (mlp, {"groups": {"0.weight": ROWS - 2}}, GROUPING, "down to -2"),
     "several faults": (mlp, {"groups": {"a": ROWS, "0.bias": ROWS.int()}}, GROUPING, "'a' is not.*'0.bias' are"),
-    "overlap": (mlp, {"groups": ["neurons", "weights"]}, GROUPING, "overlapping.*'0.weight', '2.weight'"),
+    "overlap": (mlp, {"groups": ["neurons", "weights"]}, GROUPING, "overlapping.*24 of '0.weight', 18 of '2"),
     "overlap with itself": (mlp, {"groups": ["neurons", "neurons"]}, GROUPING, "overlapping"),
     "no groupings": (mlp, {"groups": []}, GROUPING, "is empty"),
     "a number": (mlp, {"groups": 3}, GROUPING, "groups is a int"),
@@ -380,9 +380,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[dg.DGateError], str]] = {
     "memory of another": (_Frozen, {"groups": dg.Select("whole", axis=0)}, GATE, "'whole' shares .* 'view'"),
     "its view": (_Frozen, {"groups": dg.Select("view", axis=0)}, GATE, "'view' shares .* 'whole'"),
     "distributed": (_wrapped, {}, GATE, "inside DistributedDataParallel"),
-    "gated already": (_gated, {}, GATE, "'0.weight' is gated already; '2.weight' is gated"),
-    "gated already, by another kind": (_gated, {"groups": "in_channels"}, GATE, "gated already"),
-    "gates of gates": (lambda: _gated()[0], {"groups": "weights"}, GATE, "'weight' is gated already"),
+    "gated already": (_gated, {}, GATE, "'neurons' and 'neurons', which is gated already, share 42 weights"),
+    "gated already, by another kind": (_gated, {"groups": "in_channels"}, GATE, "'in_channels' and 'neurons', which"),
+    "gates of gates": (lambda: _gated()[0], {"groups": "weights"}, GATE, "share 24 weights: 24 of 'weight'"),
+    "D of another kind": (mlp, {"D": {"heads": 2}}, GATE, "'neurons' and names 'heads'.*{\"neurons\": 3}"),
+    "D of 1 in a mapping": (mlp, {"D": {"neurons": 1}}, GATE, "D={'neurons': 1}"),
 }  # fmt: skip
 
 
@@ -426,7 +428,7 @@ def test_parameters_cut_from_one_buffer_are_gated() -> None:
 def test_a_model_gated_in_part_is_gated_in_another() -> None:
     model = dg.gate(mlp(), "neurons", D=2, include="0.*")
     before = snapshot(model)
-    with pytest.raises(dg.GateError, match=r"'0\.weight' is gated already\."):
+    with pytest.raises(dg.GateError, match=r"gated already, share 24 weights: 24 of '0\.weight'\."):
         dg.gate(model, "neurons")
     assert_untouched(model, before)
     dg.gate(model, "neurons", D=4, include="2.*")

@@ -4,6 +4,7 @@ D-Gating (Kolb et al., arXiv 2509.23898) writes each group of weights as ``w_g =
 on the factors then is the group penalty ``‖w_g‖_2^{2/D}``, and whole groups reach zero during ordinary training.
 """
 
+from .costs import group_costs
 from .diagnostics import Group, Groups, balance_, groups, imbalance, misalignment
 from .errors import (
     DGateError,
@@ -17,8 +18,10 @@ from .errors import (
     PrecisionWarning,
     PruneError,
     TraceError,
+    TraceWarning,
     UnknownGroupingError,
 )
+from .explain import Explanation, explain
 from .export import Exported, export, load, save
 from .gates import Gates
 from .gating import gate, ungate
@@ -33,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DGateError",
     "DGateWarning",
+    "Explanation",
     "ExportError",
     "Exported",
     "FileFormatError",
@@ -50,12 +54,15 @@ __all__ = [
     "PruneReport",
     "Select",
     "TraceError",
+    "TraceWarning",
     "UnknownGroupingError",
     "along",
     "balance_",
     "disjoint",
+    "explain",
     "export",
     "gate",
+    "group_costs",
     "group_penalty",
     "groupings",
     "groups",

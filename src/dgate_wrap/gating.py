@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -19,16 +20,17 @@ from .gates import (
     parametrizations_of,
     require_gated,
 )
-from .groupings.registry import needs_trace, resolve
+from .groupings import groupings
+from .groupings.registry import kinds, needs_trace, resolve
 from .groupings.select import restrict
-from .labels import Component, components, overlap
+from .labels import Component, Labels, components, drop_groups, overlap, touching
 from .tracing import capture
 
 
 def gate(
     model: nn.Module,
     groups: object = "filters",
-    D: int = 3,
+    D: int | Mapping[str, int] = 3,
     *,
     example_inputs: object = None,
     example_kwargs: dict[str, Any] | None = None,
@@ -43,11 +45,14 @@ def gate(
     changes; ω stays the user's ``Parameter``. Plain L2 on the factors (`Penalty`) is then the group penalty
     ``‖w_g‖^{2/D}``: D=2 is the group lasso, larger D is non-convex and sparser.
 
+    A gated model can be gated again, by groups of weights that have no gate yet; they are found as if it had none.
+
     Args:
         model: Any module, fresh or pretrained. Gate it before DistributedDataParallel, ``fully_shard`` or compile.
         groups: A registered name (`groupings`), a `Select`, a mapping from parameter names to labels, a callable
             ``(model, trace) → labels``, or a list of these that share no weight.
-        D: Number of factors, an integer of at least 2.
+        D: Number of factors, an integer of at least 2; or a mapping that has it for every kind of group:
+            ``D={"heads": 2, "hidden": 3}``.
         example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs; only for groupings that
             read the trace.
         example_kwargs: Keyword inputs beside positional ``example_inputs``.
@@ -63,7 +68,8 @@ def gate(
     Raises:
         UnknownGroupingError: If no grouping has that name.
         GroupingError: If labels do not fit the model, select nothing, or overlap.
-        GateError: If an argument is wrong, or a parameter cannot be gated. The model is then as it was.
+        GateError: If an argument is wrong, a parameter cannot be gated, or a weight has a gate. The model is then as it
+            was.
 
     Example:
         >>> import dgate_wrap as dg
@@ -76,29 +82,72 @@ def gate(
         Kolb, Frost, Bischl, Rügamer, "Differentiable Sparsity via D-Gating", arXiv 2509.23898.
     """
     _check_arguments(model, D, init, train)
+    factors = _factors(D, kinds(groups))
+    plain = without_gates(model)
     trace = None
     if needs_trace(groups):
-        trace = capture(model, example_inputs, example_kwargs)
-    pairs = [(kind, restrict(labels, model, include, exclude)) for kind, labels in resolve(groups, model, trace)]
-    _check_disjoint(pairs)
-    _check_parameters(model, {name for _, labels in pairs for name in labels})
+        trace = capture(plain, example_inputs, example_kwargs)
+    pairs = [(kind, restrict(kind, found, plain, include, exclude)) for kind, found in resolve(groups, plain, trace)]
+    _check_parameters(plain, {name for _, labels in pairs for name in labels})
+    _check_disjoint(pairs, _taken(model), plain, trace is not None)
 
-    hosts = _hosts(model)
-    orders = {id(m): tuple(m._parameters) for m in model.modules()}
+    hosts, orders = _hosts(model, plain)
     earlier = {id(t.gates.gamma) for t in gated_tensors(model)}
     frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in earlier] if train == "gates" else []
     for kind, labels in pairs:
         for part in components(labels):
-            _attach(kind, part, D, hosts, orders)
+            _attach(kind, part, factors[kind], hosts, orders)
     tensors = gated_tensors(model)
     for p in frozen:
         p.requires_grad_(False)
     if frozen:
         tensors[0].gates.frozen.extend(frozen)
     if init == "balanced":
-        for _, members in by_gates(tensors):
-            balance_members(members, keep_zero_groups=True)
+        for gates, members in by_gates(tensors):
+            if id(gates.gamma) not in earlier:
+                balance_members(members, keep_zero_groups=True)
     return model
+
+
+def without_gates(model: nn.Module) -> nn.Module:
+    """Return the model, or of a gated one an ungated copy that shares all parameters without gates with it."""
+    tensors = gated_tensors(model)
+    if not tensors:
+        return model
+    gated = {id(t.omega) for t in tensors}
+    try:
+        plain = copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in gated})
+    except Exception as e:
+        raise GateError(
+            f"{type(model).__name__} is gated and cannot be copied: {type(e).__name__}: {e}",
+            expected="a model that copy.deepcopy copies, to find groups on a copy without gates",
+            mend="dg.gate(model, [first, second]) gates all groupings in one call",
+        ) from e
+    for t in gated_tensors(plain):
+        t.gates.frozen.clear()  # they are the model's own, and stay frozen
+    return ungate(plain)
+
+
+def _factors(D: int | Mapping[str, int], found: list[str]) -> dict[str, int]:
+    """Return D of every kind."""
+    if isinstance(D, int):
+        return dict.fromkeys(found, D)
+    missing, unknown = ([k for k in dict.fromkeys(a) if k not in b] for a, b in ((found, D), (D, found)))
+    if missing or unknown:
+        said = [f"has no number for {', '.join(map(repr, missing))}"] if missing else []
+        said += [f"names {', '.join(map(repr, unknown))}, of which no group is asked for"] if unknown else []
+        right = ", ".join(f'"{k}": {D.get(k, 3)}' for k in dict.fromkeys(found))
+        raise GateError(
+            f"cannot gate: D={dict(D)!r} {' and '.join(said)}.",
+            expected="one number for all kinds, or a mapping with one for each kind that is gated",
+            mend=f"dg.gate(model, ..., D={{{right}}})",
+        )
+    return dict(D)
+
+
+def _values(D: object) -> list[object]:
+    """Return the numbers of factors that were given."""
+    return list(cast("Mapping[str, object]", D).values()) if isinstance(D, Mapping) else [D]
 
 
 def _check_arguments(model: object, D: object, init: object, train: object) -> None:
@@ -109,7 +158,7 @@ def _check_arguments(model: object, D: object, init: object, train: object) -> N
             "a torch.nn.Module that is not scripted",
             "pass the module itself",
         )
-    elif not isinstance(D, int) or isinstance(D, bool) or D < 2:
+    elif not all(isinstance(d, int) and not isinstance(d, bool) and d >= 2 for d in _values(D)):
         problem = f"D={D!r}", "an integer of at least 2", 'dg.gate(model, "filters", D=3)'
     elif init not in ("ones", "balanced"):
         problem = f"init={init!r}", "'ones' or 'balanced'", 'dg.gate(model, ..., init="balanced")'
@@ -136,29 +185,91 @@ def _check_arguments(model: object, D: object, init: object, train: object) -> N
         )
 
 
-def _check_disjoint(pairs: Sequence[tuple[str, dict[str, Tensor]]]) -> None:
+def _check_disjoint(
+    pairs: Sequence[tuple[str, dict[str, Tensor]]],
+    taken: Mapping[str, dict[str, Tensor]],
+    plain: nn.Module,
+    traced: bool,
+) -> None:
+    """Raise if two groupings share weights, or one shares them with gates that the model has."""
+    shapes = {n: p.shape for n, p in plain.named_parameters()}
+
+    def clash(a: str, labels_a: Labels, b: str, labels_b: Labels) -> list[str]:
+        shared = {
+            n: int(((labels_a[n] >= 0) & (labels_b[n] >= 0)).expand(shapes[n]).sum())
+            for n in sorted(overlap(labels_a, labels_b))
+        }
+        where = [f"{count} of {n!r}" for n, count in shared.items()]
+        more = f" and of {len(where) - 4} more" if where[4:] else ""
+        return [f"{a!r} and {b} share {sum(shared.values())} weights: {', '.join(where[:4])}{more}"] if where else []
+
+    gated = [
+        text
+        for kind, labels in pairs
+        for other, there in taken.items()
+        for text in clash(kind, labels, f"{other!r}, which is gated already,", there)
+    ]
+    if gated:
+        raise GateError(
+            "cannot gate: " + "; ".join(gated) + ".",
+            expected="every weight in at most one group",
+            mend=_apart(pairs, taken, traced) + ", or dg.ungate(model) first",
+        )
     clashes = [
-        f"{a!r} and {b!r} both gate weights of {', '.join(map(repr, sorted(shared)))}"
-        for i, (a, labels_a) in enumerate(pairs)
-        for b, labels_b in pairs[i + 1 :]
-        if (shared := overlap(labels_a, labels_b))
+        text
+        for i, (kind, labels) in enumerate(pairs)
+        for other, there in pairs[i + 1 :]
+        for text in clash(kind, labels, repr(other), there)
     ]
     if clashes:
         raise GroupingError(
             "overlapping groupings: " + "; ".join(clashes) + ".",
             expected="every weight in at most one group",
-            mend="subtract one from the other: dg.Select(first) | (dg.Select(second) - first), or use exclude=",
+            mend=_apart(pairs, {}, traced),
         )
 
 
+def _apart(pairs: Sequence[tuple[str, dict[str, Tensor]]], taken: Mapping[str, dict[str, Tensor]], traced: bool) -> str:
+    """Write the call that leaves every shared weight to one kind: of two new ones, the one that more groups are of."""
+    if not {kind for kind, _ in pairs} | taken.keys() <= groupings().keys():
+        return (
+            "subtract one from the other, whole groups: dg.gate(model, [a, b - a]) with a = dg.Select(...), or exclude="
+        )
+    left = [(kind, labels) for kind, labels in [*taken.items(), *pairs]]
+    fixed, without = len(taken), [""] * len(left)
+    for j in range(len(left)):
+        for i in range(j):
+            (first, a), (second, b) = left[i], left[j]
+            if (i < fixed and j < fixed) or not overlap(a, b):
+                continue
+            rest_a, rest_b = drop_groups(a, touching(a, b)), drop_groups(b, touching(b, a))
+            if i >= fixed and rest_a and (not rest_b or _count(rest_a) > _count(rest_b)):
+                left[i], without[i] = (first, rest_a), f'{without[i]} - "{second}"'
+            else:
+                left[j], without[j] = (second, rest_b), f'{without[j]} - "{first}"'
+    terms = [
+        f'dg.Select("{kind}"){less}' if less else f'"{kind}"'
+        for (kind, labels), less in zip(left[fixed:], without[fixed:], strict=True)
+        if labels
+    ]
+    if not terms:
+        return "leave these groups out: each of them holds a weight that is gated"
+    inputs = ", example_inputs=x" if traced else ""
+    return f"dg.gate(model, {terms[0] if len(terms) == 1 else '[' + ', '.join(terms) + ']'}{inputs})"
+
+
+def _count(labels: Labels) -> int:
+    return torch.cat([t.unique() for t in labels.values()]).unique().numel()
+
+
 def _check_parameters(model: nn.Module, names: set[str]) -> None:
-    """Raise one error that lists every parameter which cannot carry a gate."""
+    """Raise one error that lists every parameter which cannot carry a gate; the model has none yet."""
     parameters = dict(model.named_parameters())
-    taken, twins = _taken(model), _twins(parameters)
+    parametrized, twins = _parametrized(model), _twins(parameters)
     bad: list[str] = []
     for n in sorted(names):
-        if n in taken:
-            bad.append(taken[n])
+        if n in parametrized:
+            bad.append(f"{parametrized[n]!r} has another parametrization")
             continue
         p = parameters[n]
         if p.device.type == "meta":
@@ -172,22 +283,29 @@ def _check_parameters(model: nn.Module, names: set[str]) -> None:
     if bad:
         raise GateError(
             "cannot gate: " + "; ".join(dict.fromkeys(bad)) + ".",
-            expected="plain floating-point parameters that carry no gate and no other parametrization",
-            mend="exclude them, give all groupings in one dg.gate(model, [a, b]) call, call dg.ungate or "
-            "torch.nn.utils.parametrize.remove_parametrizations first, or gate before sharding",
+            expected="plain floating-point parameters that carry no other parametrization",
+            mend="exclude them, call torch.nn.utils.parametrize.remove_parametrizations first, or gate before sharding",
         )
 
 
-def _taken(model: nn.Module) -> dict[str, str]:
-    """Say of every name of a parametrized weight, the plain one and those of its parts, what stands on it."""
-    taken: dict[str, str] = {}
+def _parametrized(model: nn.Module) -> dict[str, str]:
+    """Map every name of a parametrized weight, the plain one and those of its parts, to the plain one."""
+    found: dict[str, str] = {}
     for prefix, host in model.named_modules():
         for name, chain in parametrizations_of(host).items():
             dot = f"{prefix}." if prefix else ""
-            gated = any(isinstance(p, GatedWeight) for p in chain)
-            why = f"{dot + name!r} " + ("is gated already" if gated else "has another parametrization")
             parts = chain.named_parameters(f"{dot}parametrizations.{name}", remove_duplicate=False)
-            taken |= dict.fromkeys([dot + name, *(n for n, _ in parts)], why)
+            found |= dict.fromkeys([dot + name, *(n for n, _ in parts)], dot + name)
+    return found
+
+
+def _taken(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Return, per kind of gates that the model has, labels that are at least 0 where a weight is gated."""
+    taken: dict[str, dict[str, Tensor]] = {}
+    for t in gated_tensors(model):
+        of_kind = taken.setdefault(t.gates.kind, {})
+        index = t.gate.index.cpu()
+        of_kind[t.name] = torch.maximum(of_kind[t.name], index) if t.name in of_kind else index
     return taken
 
 
@@ -209,14 +327,22 @@ def _twins(parameters: dict[str, nn.Parameter]) -> dict[str, str]:
     return twins
 
 
-def _hosts(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Map each parameter's first name to every (module, name) under which it is registered."""
-    first: dict[int, str] = {id(p): n for n, p in model.named_parameters()}
+def _hosts(
+    model: nn.Module, plain: nn.Module
+) -> tuple[dict[str, list[tuple[nn.Module, str]]], dict[int, tuple[str, ...]]]:
+    """Map each parameter's first name to every (module, name) under which it is registered, as without gates.
+
+    And map the ``id`` of each module to the names of its parameters, in order.
+    """
+    first: dict[int, str] = {id(p): n for n, p in plain.named_parameters()}
     hosts: dict[str, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
+    orders: dict[int, tuple[str, ...]] = {}
+    for prefix, module in plain.named_modules():
+        own = model.get_submodule(prefix)
+        orders[id(own)] = tuple(module._parameters)
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            hosts.setdefault(first[id(p)], []).append((module, name))
-    return hosts
+            hosts.setdefault(first[id(p)], []).append((own, name))
+    return hosts, orders
 
 
 def _attach(
