@@ -269,7 +269,7 @@ def _check_parameters(model: nn.Module, names: set[str]) -> None:
     bad: list[str] = []
     for n in sorted(names):
         if n in parametrized:
-            bad.append(f"{parametrized[n]!r} has another parametrization")
+            bad.append(f"{n!r} has another parametrization")
             continue
         p = parameters[n]
         if p.device.type == "meta":
@@ -284,19 +284,18 @@ def _check_parameters(model: nn.Module, names: set[str]) -> None:
         raise GateError(
             "cannot gate: " + "; ".join(dict.fromkeys(bad)) + ".",
             expected="plain floating-point parameters that carry no other parametrization",
-            mend="exclude them, call torch.nn.utils.parametrize.remove_parametrizations first, or gate before sharding",
+            mend="exclude them, use a grouping that reads the trace (it gates what they are computed from), call "
+            "torch.nn.utils.parametrize.remove_parametrizations first, or gate before sharding",
         )
 
 
-def _parametrized(model: nn.Module) -> dict[str, str]:
-    """Map every name of a parametrized weight, the plain one and those of its parts, to the plain one."""
-    found: dict[str, str] = {}
-    for prefix, host in model.named_modules():
-        for name, chain in parametrizations_of(host).items():
-            dot = f"{prefix}." if prefix else ""
-            parts = chain.named_parameters(f"{dot}parametrizations.{name}", remove_duplicate=False)
-            found |= dict.fromkeys([dot + name, *(n for n, _ in parts)], dot + name)
-    return found
+def _parametrized(model: nn.Module) -> set[str]:
+    """Return the names of weights that another parametrization computes; what it computes from can be gated."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, host in model.named_modules()
+        for name in parametrizations_of(host)
+    }
 
 
 def _taken(model: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -364,6 +363,8 @@ def _attach(
         index = index.view(*[1] * (p.dim() - index.dim()), *index.shape).to(p.device)
         for host, name in hosts[n]:
             gate = GatedWeight(gates, index, orders[id(host)])
+            if parametrize.is_parametrized(host):
+                _own_class(host)
             parametrize.register_parametrization(host, name, gate, unsafe=True)
             if isinstance(host, nn.RNNBase):
                 _make_flat_weights_live(host)
@@ -448,7 +449,7 @@ def ungate(model: nn.Module) -> nn.Module:
 
 
 def _own_class(host: nn.Module) -> None:
-    """Give a host its own copy of its injected class: a deep copy shares it, and losing a property breaks both."""
+    """Give a host its own copy of its injected class: a deep copy shares it, and a change of it would break both."""
     shared = type(host)
     host.__class__ = cast(type[nn.Module], type(shared.__name__, shared.__bases__, dict(shared.__dict__)))
 

@@ -7,10 +7,11 @@ deaf to it. Which of them can then be cut out, exactly and with everything that 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..errors import GateError
 from ..labels import along, disjoint
@@ -70,7 +71,13 @@ def weights(model: nn.Module, trace: Any) -> dict[str, Tensor]:
     Biases and norm parameters are left alone. With D=2 this is an exact L1 solver (spred), with D>2 deep weight
     factorization. Zeros stay in place: a single weight is no structure that could be cut out.
     """
-    return disjoint((n, along(p, range(p.dim()))) for n, p in model.named_parameters() if p.dim() >= 2)
+    whole: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if ".parametrizations." not in f".{n}"}
+    for prefix, module in model.named_modules():
+        if parametrize.is_parametrized(module):  # a weight that others compute: `gate` refuses it, in words
+            names = cast("dict[str, Any]", module.parametrizations)
+            with evaluating(module):
+                whole |= {f"{prefix}.{n}" if prefix else n: getattr(module, n) for n in names}
+    return disjoint((n, along(p, range(p.dim()))) for n, p in whole.items() if p.dim() >= 2)
 
 
 @register_grouping("neurons")
