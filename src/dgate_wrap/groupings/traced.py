@@ -133,8 +133,7 @@ def embedding_dims(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
     corrected exactly for the dimensions that are gone; LayerNorm subtracts a mean over the width, and refuses.
     """
     structure = find_structure(trace)
-    writers = Counter(c for name in {s.name for s in structure.slots} for c in _writes(structure, name))
-    stream = {c for c, n in writers.items() if n > 1} & structure.flagged("norm")
+    stream = structure.produced("row") & structure.flagged("added") & structure.flagged("norm")
     dims = structure.produced("table") | stream
     dims -= structure.flagged("scores", "value")
     mend = 'dg.gate(model, "channels", example_inputs=x) gates them without removing them'

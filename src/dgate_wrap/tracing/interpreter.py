@@ -360,6 +360,12 @@ class _Interpreter:
         for label in labels:
             self.structure.unite(out, label)
             out = torch.where(out >= 0, out, label)
+        if (
+            operation(node) in ("aten.add", "aten.sub")
+            and all(n in self.varying for n in operands)
+            and len(operands) > 1
+        ):
+            self.structure.flag("added", out, self._says(node, "it is added to others"))
         state = self._probe(node, family, words)
         data = torch.full([1] * len(shape), False)
         for w in words:

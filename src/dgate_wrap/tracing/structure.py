@@ -21,7 +21,7 @@ ZERO, FIXED, LIVE = 0, 1, 2
 
 Role = Literal["row", "table", "recurrent", "adjust"]
 Flag = Literal[
-    "frozen", "input", "output", "live", "follower", "norm", "centered", "grouped", "scores", "value", "read"
+    "frozen", "input", "output", "live", "follower", "norm", "centered", "grouped", "scores", "value", "read", "added"
 ]
 
 UNMOVABLE: tuple[Flag, ...] = ("frozen", "input", "output", "live", "follower")
