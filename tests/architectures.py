@@ -292,7 +292,7 @@ MIXTURES = [
     _mixture(
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
-        {"heads": 4, "experts": 8},
+        {"heads": 4, "experts": 10},
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=16,
@@ -1005,7 +1005,7 @@ SERIES = [
         "AutoformerModel",
         {**_FORECAST, "label_length": 4},
         _past,
-        {"heads": 24},
+        {},
         {"hidden", "blocks"},
     ),
 ]

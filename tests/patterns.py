@@ -47,9 +47,10 @@ class Case:
         expect: Number of groups of a grouping, where that is certain: ``heads`` counts key/value heads over all
             attention layers, cross attention too; ``hidden`` units made by a linear layer or convolution and read by
             such only, no sum between (a gated unit once); ``blocks`` residual branches, ``x + f(x)``, also where ``x``
-            is projected; ``experts`` routed experts over all layers; ``rnn`` units over all layers and directions;
-            ``lora`` adapted layers; ``embedding_dims`` dimensions of the embedding that all later layers share;
-            ``input_features`` inputs of a table. Weights that layers share count once.
+            is projected; ``experts`` routed experts over all layers, and shared ones that a gate scales per token;
+            ``rnn`` units over all layers and directions; ``lora`` adapted layers; ``embedding_dims`` dimensions of the
+            embedding that all later layers share; ``input_features`` inputs of a table. Weights that layers share
+            count once.
         data_dependent: Whether the forward branches on values of tensors, so that no trace holds for all inputs.
     """
 

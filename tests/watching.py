@@ -32,7 +32,9 @@ def watch(trace: Trace, structure: Structure, labels: dict[str, Tensor], most: i
         return torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.dtype)
 
     def other(x: Tensor) -> Tensor:
-        return noise(x) if x.is_floating_point() else x.flip(-1) if x.dim() and x.dtype != torch.bool else x
+        if x.is_floating_point():
+            return noise(x)
+        return x if not x.dim() or x.dtype == torch.bool else x.flip(0 if x.dim() > 2 else -1)
 
     groups = torch.cat([t[t >= 0].flatten() for t in labels.values()]).unique() if labels else torch.empty(0)
     chosen = groups[torch.randperm(len(groups), generator=generator)[:most]].tolist()

@@ -78,7 +78,7 @@ def keep_exclusive(flow: Flow, found: list[Found], refused: list[str]) -> list[P
             kept.append(f)
     uses = {name: flow.sites(name) for f in kept for name, _ in f.projections.sites}
     while True:
-        known = {site for f in kept for site in f.projections.sites}
+        known = {(name, node) for f in kept for name, site in f.projections.sites for node in flow.meets(site)}
         shared = {n for n, nodes in uses.items() if any((n, node) not in known for node in nodes)}
         doomed = [f for f in kept if shared & f.projections.labels.keys()]
         if not doomed:

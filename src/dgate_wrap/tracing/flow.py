@@ -71,8 +71,14 @@ class Flow:
 
     def sites(self, name: str) -> set[Node]:
         """Return the nodes that read a parameter, where its value first meets data, and that reach the output."""
-        front = [n for n, s in self.trace.sources.items() if s.name == name and s.kind == "parameter"]
-        found: set[Node] = set()
+        starts = [n for n, s in self.trace.sources.items() if s.name == name and s.kind == "parameter"]
+        return set[Node]().union(*(self.meets(n) for n in starts))
+
+    def meets(self, node: Node) -> set[Node]:
+        """Return the nodes where a constant first meets data, of those that reach the output; data meets itself."""
+        if node in self.varying:
+            return {node}
+        front, found = [node], set[Node]()
         while front:
             for user in front.pop().users:
                 if user not in self.varying:
