@@ -108,7 +108,7 @@ def _costs(trace: Trace, own: Mapping[str, Tensor], total: int, unit: str) -> Te
     uses: dict[int, set[str]] = {}
     for r in structure.readers:
         uses.setdefault(r.order, set()).add(r.name)
-    varying = varying_nodes(trace.nodes, {n for n, s in trace.sources.items() if s.kind == "input"})
+    varying = varying_nodes(trace)
     for order, node in enumerate(trace.nodes):
         family = describe(node, varying) if node.op == "call_function" else None
         if not isinstance(family, Contraction | Product | Attention | Recurrence | Bilinear):

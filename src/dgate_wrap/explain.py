@@ -335,8 +335,7 @@ class _Judge:
         self._texts: list[str] = [""]
         self._numbers: dict[str, int] = {"": 0}
         self._staying: tuple[Tensor, Tensor] | None = None
-        inputs = {n for n, s in trace.sources.items() if s.kind == "input"}
-        self.varying = varying_nodes(trace.nodes, inputs)
+        self.varying = varying_nodes(trace)
         self.names = list(shapes)
         self.uses: dict[str, list[_Use]] = {}
         for s in self.structure.slots:

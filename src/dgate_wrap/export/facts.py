@@ -1,4 +1,4 @@
-"""Which elements of a graph are known constants, and which ones nobody reads: the two proofs that a cut rests on."""
+"""Which elements of a graph reach an output: the second of the two proofs that a cut rests on."""
 
 from __future__ import annotations
 
@@ -10,49 +10,42 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..tracing import Trace
-from ..tracing.operations import (
+from ..tracing.families import (
+    Attention,
     Barrier,
+    Bilinear,
+    Cell,
     Contraction,
-    Creation,
     Family,
+    Halves,
+    Indexing,
     Lookup,
     Mixing,
     Movement,
     Pick,
     Pointwise,
-    describe,
-    is_tensor,
-    shape_of,
-    source_indices,
-    varying_nodes,
+    Product,
+    Ranking,
+    Recurrence,
 )
+from ..tracing.operations import shape_of
+from .constants import Constants, along, fit, full_mask
 
 
-class Facts:
+class Facts(Constants):
     """Constants and liveness of every element of a traced model.
 
-    ``values[node]`` is the value of one run. ``unknown[node]`` marks the elements that depend on the model's inputs;
-    every other element is the constant found in ``values``. ``live[node]`` marks the unknown elements that reach an
-    output. A product with a known zero is zero, which holds for finite activations.
+    ``live[node]`` marks the unknown elements that reach an output. ``units[node]`` marks, per layer and direction of a
+    recurrence, what it gives to the next layer and which of its units are both.
 
     Args:
         trace: The traced model.
     """
 
     def __init__(self, trace: Trace) -> None:
-        self.trace = trace
-        self.nodes = trace.nodes
-        self.values = trace.run()
-        inputs = {n for n, s in trace.sources.items() if s.kind == "input"}
-        self.varying = varying_nodes(self.nodes, inputs)
-        self.families: dict[Node, Family] = {
-            n: describe(n, self.varying) for n in self.nodes if n.op == "call_function"
-        }
-        self._maps: dict[Node, list[Tensor]] = {}
-        self.unknown: dict[Node, Any] = {}
-        self.live: dict[Node, Any] = {}
-        for node in self.nodes:
-            self._find_unknown(node)
+        super().__init__(trace)
+        self.units: dict[Node, list[tuple[Tensor, Tensor]]] = {}
+        self.live: dict[Node, Any] = {n: full_mask(self.values.get(n), False) for n in self.nodes}
         for node in reversed(self.nodes):
             self._find_live(node)
 
@@ -60,97 +53,10 @@ class Facts:
         """Mark the elements of a tensor-valued node that are neither constant nor unread."""
         return self.live[node] & self.unknown[node]
 
-    def outputs(self, node: Node) -> list[Node]:
-        """Return the tensor-valued nodes that hold a node's results: itself, or what is picked from it."""
-        return [node] if is_tensor(node) else [u for u in node.users if isinstance(self.families.get(u), Pick)]
-
-    def movement_map(self, node: Node) -> list[Tensor]:
-        """Return, per result of a movement, where each element comes from; see `source_indices`."""
-        if node not in self._maps:
-            family = self.families[node]
-            assert isinstance(family, Movement)
-            self._maps[node] = source_indices(family)
-        return self._maps[node]
-
-    # forward: which elements depend on the input
-
-    def _find_unknown(self, node: Node) -> None:
-        value = self.values.get(node)
-        if node.op == "placeholder":
-            self.unknown[node] = _full(value, self.trace.sources[node].kind == "input")
-        elif node.op == "get_attr":
-            self.unknown[node] = _full(value, False)
-        elif node.op == "call_function":
-            known = node not in self.varying
-            self.unknown[node] = _full(value, False) if known else self._unknown(self.families[node], node)
-        self.live[node] = _full(value, False)
-
-    @singledispatchmethod
-    def _unknown(self, family: Family, node: Node) -> Any:
-        return _full(self.values[node], True)
-
-    @_unknown.register
-    def _(self, family: Movement, node: Node) -> Any:
-        flat = torch.cat([*(self.unknown[n].flatten() for n in family.inputs), torch.zeros(1, dtype=torch.bool)])
-        moved = [flat[m] for m in self.movement_map(node)]
-        return moved[0] if is_tensor(node) else moved
-
-    @_unknown.register
-    def _(self, family: Pointwise, node: Node) -> Any:
-        out = torch.zeros(shape_of(node), dtype=torch.bool)
-        for n in family.operands:
-            out |= self.unknown[n] & ~self._absorbed(family, n)
-        return out
-
-    def _absorbed(self, family: Pointwise, operand: Node) -> Tensor:
-        """Mark where an operand is multiplied by a known zero."""
-        out = torch.zeros((), dtype=torch.bool)
-        if family.product:
-            for n in family.operands:
-                if n is not operand:
-                    out = out | (~self.unknown[n] & (self.values[n] == 0))
-        return out
-
-    @_unknown.register
-    def _(self, family: Contraction, node: Node) -> Any:
-        return family.apply(self.unknown[family.x].float(), self._pattern(family)) > 0.5
-
-    def _pattern(self, family: Contraction) -> Tensor:
-        return (self.values[family.weight] != 0).float()
-
-    @_unknown.register
-    def _(self, family: Mixing, node: Node) -> Any:
-        mixed = self.unknown[family.x]
-        for axis in family.mixed:
-            mixed = mixed.any(axis, keepdim=True)
-        if family.scale is not None:
-            shape = [-1 if a == 1 else 1 for a in range(mixed.dim())]
-            mixed = mixed & (self.values[family.scale] != 0).view(shape)
-        gone = [a for a, b in enumerate(family.out_axis) if b is None]
-        shape = [n for a, n in enumerate(mixed.shape) if a not in gone]
-        results = self.values[node]
-        if isinstance(results, Tensor):
-            return mixed.reshape(shape).expand(results.shape).clone()
-        return [mixed.expand(r.shape).clone() if _same_axes(r, mixed) else _full(r, True) for r in results]
-
-    @_unknown.register
-    def _(self, family: Lookup, node: Node) -> Any:
-        return self.unknown[family.indices].unsqueeze(-1).expand(shape_of(node)).clone()
-
-    @_unknown.register
-    def _(self, family: Pick, node: Node) -> Any:
-        return self.unknown[family.source][family.index]
-
-    @_unknown.register
-    def _(self, family: Creation, node: Node) -> Any:
-        return _full(self.values[node], False)
-
-    # backward: which elements reach an output
-
     def _find_live(self, node: Node) -> None:
         if node.op == "output":
             for n in node.all_input_nodes:
-                self.live[n] = _full(self.values[n], True)
+                self.live[n] = full_mask(self.values[n], True)
         elif node.op == "call_function" and node in self.varying:
             live, unknown = self.live[node], self.unknown[node]
             if isinstance(live, Tensor):
@@ -166,12 +72,12 @@ class Facts:
         if isinstance(self.live[node], Tensor):
             self.live[node] = self.live[node] | mask
         elif isinstance(self.live[node], list):
-            self.live[node] = _full(self.values[node], True)
+            self.live[node] = full_mask(self.values[node], True)
 
     @singledispatchmethod
     def _live(self, family: Family, node: Node, live: Any) -> None:
         for n in family.inputs if isinstance(family, Barrier) else ():
-            self._mark(n, _full(self.values[n], True))
+            self._mark(n, full_mask(self.values[n], True))
 
     @_live.register
     def _(self, family: Movement, node: Node, live: Any) -> None:
@@ -185,14 +91,14 @@ class Facts:
     @_live.register
     def _(self, family: Pointwise, node: Node, live: Any) -> None:
         for n in family.operands:
-            reached = live & ~self._absorbed(family, n)
-            self._mark(n, reached.float().sum_to_size(shape_of(n)) > 0)
+            reached = live & ~self.absorbed(family, node, n)
+            self._mark(n, fit(reached, shape_of(n)))
 
     @_live.register
     def _(self, family: Contraction, node: Node, live: Any) -> None:
         with torch.enable_grad():
             x = torch.zeros(shape_of(family.x), requires_grad=True)
-            out = family.apply(x, self._pattern(family))
+            out = family.apply(x, self.pattern(family))
         [reached] = torch.autograd.grad(out, x, live.float())
         self._mark(family.x, reached > 0.5)
 
@@ -201,32 +107,170 @@ class Facts:
         if isinstance(live, list):
             first, *others = live
             if any(bool(o.any()) for o in others):  # indices of a pooling, statistics of a norm
-                self._mark(family.x, _full(self.values[family.x], True))
+                self._mark(family.x, full_mask(self.values[family.x], True))
             live = first
         for axis in sorted(a for a, b in enumerate(family.out_axis) if b is None):
             live = live.unsqueeze(axis)
-        for axis in family.mixed:
-            live = live.any(axis, keepdim=True)
-        self._mark(family.x, live.expand(shape_of(family.x)))
+        if family.kind == "norm" and family.scale is None and family.keeps_zero:
+            live = live & ~self.zero(family.x)
+        self._mark(family.x, self.mixed(family, live).expand(shape_of(family.x)))
+
+    @_live.register
+    def _(self, family: Product, node: Node, live: Any) -> None:
+        reached = live.float()
+        a_axes, b_axes, out = family.a_axes, family.b_axes, family.out_axes
+        for n, axes, other, other_axes in (
+            (family.a, a_axes, family.b, b_axes),
+            (family.b, b_axes, family.a, a_axes),
+        ):
+            own = [c for c in axes if c not in other_axes + out]
+            mask = torch.einsum(
+                f"{out},{other_axes}->{''.join(c for c in axes if c not in own)}", reached, self.possible(other)
+            )
+            for c in own:  # summed over, and in no other operand
+                mask = mask.unsqueeze(axes.index(c))
+            full = [max(s, m) for s, m in zip(shape_of(n), mask.shape, strict=True)]
+            self._mark(n, fit((mask > 0).expand(full), shape_of(n)))
+        for n in family.inputs:
+            if n is family.addend:
+                self._mark(n, fit(live, shape_of(n)))
+            elif n not in (family.a, family.b):
+                self._mark(n, full_mask(self.values[n], True))
+
+    @_live.register
+    def _(self, family: Attention, node: Node, live: Any) -> None:
+        live = live[0] if isinstance(live, list) else live
+        key, value = (n for n in (family.key, family.value))
+        scored = live.any(-1, keepdim=True).any(-2, keepdim=True)  # (..., heads, 1, 1)
+        shared = live.any(-2, keepdim=True)
+        if family.repeats > 1:
+            shared = shared.unflatten(-3, (-1, family.repeats)).any(-3)
+        self._mark(value, fit(shared.expand(*shared.shape[:-2], shape_of(value)[-2], -1), shape_of(value)))
+        heads = scored
+        if family.repeats > 1:
+            heads = scored.unflatten(-3, (-1, family.repeats)).any(-3)
+        dims = self.possible(key).any(-2, keepdim=True) if family.repeats == 1 else None
+        wide = live.any(-1, keepdim=True) if dims is None else live.any(-1, keepdim=True) & dims
+        self._mark(family.query, fit(wide.expand(*wide.shape[:-1], shape_of(family.query)[-1]), shape_of(family.query)))
+        asked = self.possible(family.query).any(-2, keepdim=True) if family.repeats == 1 else None
+        wide = heads if asked is None else heads & asked
+        self._mark(key, fit(wide.expand(*wide.shape[:-2], *shape_of(key)[-2:]), shape_of(key)))
+        for n in family.inputs:
+            if n not in (family.query, key, value):
+                self._mark(n, full_mask(self.values[n], True))
+
+    @_live.register
+    def _(self, family: Recurrence, node: Node, live: Any) -> None:
+        wanted = self._wanted_units(family, live)
+        moving = [self.moving_units(family, layer) for layer in range(len(family.layers))]
+        self.units[node] = [(a & d, b & c) for (a, b), (c, d) in zip(wanted, moving, strict=True)]
+        columns = torch.zeros(shape_of(family.x)[-1], dtype=torch.bool)
+        for layer, (outs, units) in enumerate(wanted):
+            w_ih = family.layers[layer].w_ih
+            if layer < family.directions:
+                rows = units.repeat(family.gates)
+                columns |= (self.values[w_ih] != 0)[rows].any(0)
+            for s, mask in zip(family.states, (outs, units), strict=False):
+                if s in self.varying:
+                    self._mark(s, fit(mask.expand(shape_of(s)), shape_of(s)))
+        self._mark(family.x, columns.expand(shape_of(family.x)))
+
+    def _wanted_units(self, family: Recurrence, live: Any) -> list[tuple[Tensor, Tensor]]:
+        """Mark, per layer and direction, which of its outputs and of its units reach the node's live results."""
+        parts = [live] if isinstance(live, Tensor) else [p for p in live if isinstance(p, Tensor)]
+        dirs, cells = family.directions, len(family.layers)
+        wanted: list[tuple[Tensor, Tensor]] = []
+        for w_ih, _, _, _, w_hr in family.layers:
+            units = shape_of(w_ih)[0] // family.gates
+            outs = units if w_hr is None else shape_of(w_hr)[0]
+            wanted.append((torch.zeros(outs, dtype=torch.bool), torch.zeros(units, dtype=torch.bool)))
+        first = parts[0].flatten(0, -2).any(0).chunk(dirs)
+        for d in range(dirs):
+            wanted[cells - dirs + d][0].logical_or_(first[d])
+        for i, part in enumerate(parts[1:]):
+            for layer in range(cells):
+                mine = part if family.single else part[layer]
+                index = 1 if family.single else i
+                wanted[layer][index].logical_or_(mine.flatten(0, -2).any(0))
+        for layer in reversed(range(cells)):
+            outs, units = wanted[layer]
+            self._reach_back(family.layers[layer], family.gates, outs, units)
+            if layer >= dirs:
+                columns = (self.values[family.layers[layer].w_ih] != 0)[units.repeat(family.gates)].any(0).chunk(dirs)
+                for d in range(dirs):
+                    wanted[layer - layer % dirs - dirs + d][0].logical_or_(columns[d])
+                if layer % dirs == 0:
+                    continue
+        return wanted
+
+    def _reach_back(self, cell: Cell, gates: int, outs: Tensor, units: Tensor) -> None:
+        """Add the units and outputs that wanted ones read at earlier steps, in place."""
+        w_hr, recurrent = cell.w_hr, self.values[cell.w_hh] != 0
+        while True:
+            before = int(outs.sum()) + int(units.sum())
+            units |= outs if w_hr is None else (self.values[w_hr] != 0)[outs].any(0)
+            outs |= recurrent[units.repeat(gates)].any(0)
+            if w_hr is None:
+                outs |= units
+            if int(outs.sum()) + int(units.sum()) == before:
+                return
+
+    @_live.register
+    def _(self, family: Indexing, node: Node, live: Any) -> None:
+        chosen = any(n in self.varying for n in family.indices)
+        for n in family.indices:
+            self._mark(n, full_mask(self.values[n], True))
+        if family.adds:
+            assert family.source is not None
+            axis = family.axes[0]
+            self._mark(family.x, live)
+            wide = along(live, axis)
+            shape = [1 if a == axis else n for a, n in enumerate(shape_of(family.source))]
+            self._mark(family.source, fit(wide, tuple(shape)).expand(shape_of(family.source)))
+            return
+        places = [n for n in (family.x, family.source) if n is not None]
+        if chosen and family.source is not None:
+            for axis in family.axes:
+                live = along(live, axis).expand(live.shape)
+        flat = torch.zeros(sum(torch.Size(shape_of(n)).numel() for n in places) + 1, dtype=torch.bool)
+        flat[self.movement_map(node)[0][live]] = True
+        sizes = [torch.Size(shape_of(n)) for n in places]
+        for n, size, part in zip(places, sizes, flat[:-1].split([s.numel() for s in sizes]), strict=True):
+            mask = part.view(size)
+            if chosen and n is family.x:
+                for axis in family.axes:
+                    mask = along(mask, axis).expand(size)
+            elif chosen and n is family.source:
+                mask = full_mask(self.values[n], True) if live.any() else mask
+            self._mark(n, mask)
+
+    @_live.register
+    def _(self, family: Ranking, node: Node, live: Any) -> None:
+        parts = [live] if isinstance(live, Tensor) else live
+        for part in parts:
+            mask = part if family.keeps_axis else part.unsqueeze(family.axis)
+            self._mark(family.x, along(mask, family.axis).expand(shape_of(family.x)))
+
+    @_live.register
+    def _(self, family: Bilinear, node: Node, live: Any) -> None:
+        weight = (self.values[family.weight] != 0).float()
+        one = torch.einsum("...o,oij,...j->...i", live.float(), weight, self.possible(family.x2))
+        two = torch.einsum("...o,oij,...i->...j", live.float(), weight, self.possible(family.x1))
+        self._mark(family.x1, one > 0)
+        self._mark(family.x2, two > 0)
+
+    @_live.register
+    def _(self, family: Halves, node: Node, live: Any) -> None:
+        second = live & ~self.zero(family.x).chunk(2, family.axis)[0]
+        self._mark(family.x, torch.cat([live, second], family.axis))
 
     @_live.register
     def _(self, family: Lookup, node: Node, live: Any) -> None:
-        self._mark(family.indices, live.any(-1))
+        for n in node.all_input_nodes:
+            if n is not family.table:
+                self._mark(n, full_mask(self.values[n], True))
 
     @_live.register
     def _(self, family: Pick, node: Node, live: Any) -> None:
         parts = self.live[family.source]
         parts[family.index] = parts[family.index] | live
-
-
-def _full(value: Any, fill: bool) -> Any:
-    """Return a mask, or a list of masks, of the shapes of a value; ``None`` for what is no tensor."""
-    if isinstance(value, Tensor):
-        return torch.full(value.shape, fill, dtype=torch.bool)
-    if isinstance(value, tuple | list):
-        return [_full(v, fill) for v in value]
-    return None
-
-
-def _same_axes(result: Tensor, x: Tensor) -> bool:
-    return result.dim() == x.dim() and all(b in (1, a) for a, b in zip(result.shape, x.shape, strict=True))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..tracing import Trace
-from ..tracing.operations import Contraction
+from ..tracing.families import Contraction, Mixing
 from .widths import Columns, Widths
 
 
@@ -85,7 +85,11 @@ class Plan:
         for name, value in tensors.items():
             _replace(model, name, value)
         for name, groups in self.groups.items():
-            cast(Any, model.get_submodule(name)).groups = groups
+            module = cast(Any, model.get_submodule(name))
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = groups
+            else:
+                module.groups = groups
         for module in model.modules():
             resize_attributes(module)
 
@@ -108,6 +112,9 @@ def _replace(model: nn.Module, name: str, value: Tensor) -> None:
                     store[key] = new
 
 
+_GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+
+
 def resize_attributes(module: nn.Module) -> None:
     """Set the sizes that a stock module remembers to those of its tensors."""
     m = cast(Any, module)
@@ -124,8 +131,19 @@ def resize_attributes(module: nn.Module) -> None:
         m.num_embeddings, m.embedding_dim = m.weight.shape
     elif isinstance(module, nn.PReLU):
         m.num_parameters = m.weight.shape[0]
-    elif isinstance(module, nn.LayerNorm) and m.weight is not None:
-        m.normalized_shape = tuple(m.weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        m.num_channels = m.num_channels if m.weight is None else m.weight.shape[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and m.weight is not None:
+        m.normalized_shape = tuple(cast(Any, module).weight.shape)
+    elif isinstance(module, nn.Bilinear):
+        m.out_features, m.in1_features, m.in2_features = m.weight.shape
+    elif isinstance(module, nn.RNNBase):
+        m.input_size = m.weight_ih_l0.shape[1]
+        m.hidden_size = m.weight_ih_l0.shape[0] // _GATES[m.mode]
+        m.proj_size = m.weight_hh_l0.shape[1] if m.proj_size else 0
+        m._flat_weights = [getattr(m, n) for n in m._flat_weights_names]
+    elif isinstance(module, nn.RNNCellBase):
+        m.input_size, m.hidden_size = m.weight_ih.shape[1], m.weight_hh.shape[1]
 
 
 class Permissions:
@@ -156,7 +174,7 @@ class Permissions:
             return None
         parameter = self._model.get_parameter(source.name)
         owners = self.owners[id(parameter)]
-        stock = len(owners) == 1 and isinstance(owners[0][1], nn.Linear | nn.modules.conv._ConvNd)
+        stock = len(owners) == 1 and isinstance(owners[0][1], nn.Linear | nn.modules.conv._ConvNd | nn.GroupNorm)
         return owners[0] if stock and cast(Any, owners[0][1]).weight is parameter else None
 
     def bias_owner(self, node: Node) -> str | None:
@@ -176,13 +194,18 @@ class Permissions:
         return self._free_parameter(cast(Contraction, self._families[node]).weight)
 
     def groups_owner(self, node: Node) -> str | None:
-        """Return the convolution whose number of groups a contraction uses, or ``None``."""
-        family = cast(Contraction, self._families[node])
-        owner = self._owner(family.weight)
-        return owner[0] if owner is not None and isinstance(owner[1], nn.modules.conv._ConvNd) else None
+        """Return the convolution or group norm whose number of groups an operation uses, or ``None``."""
+        family = self._families[node]
+        if isinstance(family, Mixing):
+            weight = family.parameters[0][0] if family.parameters else None
+        else:
+            weight = cast(Contraction, family).weight
+        owner = self._owner(weight) if weight is not None else None
+        regrouped = nn.modules.conv._ConvNd | nn.GroupNorm
+        return owner[0] if owner is not None and isinstance(owner[1], regrouped) else None
 
     def can_regroup(self, node: Node) -> bool:
-        """Tell whether a contraction's number of groups may be changed."""
+        """Tell whether an operation's number of groups may be changed."""
         return self.groups_owner(node) is not None
 
 
@@ -230,14 +253,15 @@ def make_plan(widths: Widths, permissions: Permissions) -> tuple[Plan, dict[str,
         if axes or cut.columns is not None:
             cuts[source.name] = cut
     for node, family in facts.families.items():
-        if isinstance(family, Contraction):
-            if family.bias is None and (owner := permissions.bias_owner(node)) in new_biases:
-                kept = widths.keep[node][family.out_axis]
-                if not kept.all():
-                    name = f"{owner}.bias" if owner else "bias"
-                    cuts[name] = Cut((kept.numel(),), {0: kept.nonzero().flatten().tolist()})
-            used = widths.keep[node][family.out_axis].view(family.groups, -1).any(1)
-            if family.groups > 1 and not used.all():
+        if isinstance(family, Contraction) and family.bias is None:
+            owner, kept = permissions.bias_owner(node), widths.keep[node][family.out_axis]
+            if owner in new_biases and not kept.all():
+                name = f"{owner}.bias" if owner else "bias"
+                cuts[name] = Cut((kept.numel(),), {0: kept.nonzero().flatten().tolist()})
+        if isinstance(family, Contraction | Mixing) and family.groups > 1:
+            channels = widths.keep[node][family.out_axis if isinstance(family, Contraction) else 1]
+            used = channels.view(family.groups, -1).any(1)
+            if not used.all():
                 groups[cast(str, permissions.groups_owner(node))] = int(used.sum())
     tensors = {n: cuts[n].apply(t) if n in cuts else t for n, t in state.items() if n in cuts or n in changed}
     return Plan(cuts, groups, new_biases), tensors

@@ -9,31 +9,38 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from functools import singledispatchmethod
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from ..tracing.capture import operation, where
-from ..tracing.operations import (
+from ..tracing.families import (
+    Attention,
     Barrier,
+    Bilinear,
     Contraction,
     Creation,
     Family,
+    Halves,
+    Indexing,
     Lookup,
     Mixing,
     Movement,
+    NormedWeight,
     Pick,
     Pointwise,
-    shape_of,
+    Product,
+    Ranking,
+    Recurrence,
 )
+from ..tracing.operations import is_tensor, shape_of
+from .constants import rounding
 from .facts import Facts
 
 NEEDED = 0
 """Reason of an index that carries something which depends on the input and reaches an output."""
-
-_ROUNDING = 1e-9
-"""Relative difference below which a constant counts as the same everywhere; the analysis runs in float64."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,15 @@ class Columns:
     """Stands for the input channels of a grouped weight, which lie in another axis for each group of rows."""
 
     weight: Node
+
+
+@dataclass(frozen=True)
+class Units:
+    """Stands for the units of one layer and direction of a recurrence, or for what it gives to the next layer."""
+
+    node: Node
+    layer: int
+    projected: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,13 +199,15 @@ class Widths:
 
     @singledispatchmethod
     def _demand(self, family: Family, node: Node) -> None:
-        assert isinstance(family, Barrier | Creation)
-        what = (
-            "an operation without a rule meets it" if isinstance(family, Barrier) else "its size is written in the code"
-        )
-        inputs = [o for n in family.inputs for o in self.facts.outputs(n)] if isinstance(family, Barrier) else []
-        for n in [*inputs, *self.facts.outputs(node)]:
-            self._keep_whole(n, self._says(node, what))
+        assert isinstance(family, Barrier)
+        for n in (*family.inputs, node):
+            for out in self.facts.outputs(n):
+                self._keep_whole(out, self._says(node, "an operation without a rule meets it"))
+
+    @_demand.register
+    def _(self, family: Creation, node: Node) -> None:
+        if not self._follows(node) or not uniform(node):
+            self._keep_whole(node, self._says(node, "its size is written in the code"))
 
     @_demand.register
     def _(self, family: Pick, node: Node) -> None:
@@ -197,24 +215,32 @@ class Widths:
 
     @_demand.register
     def _(self, family: Pointwise, node: Node) -> None:
-        shape = shape_of(node)
-        meeting = (
-            self._says(node, "it is added to, or multiplied by, something alive") if len(family.operands) > 1 else None
-        )
+        several = len(family.operands) > 1
+        meeting = self._says(node, "it is added to, or multiplied by, something alive") if several else None
         for n in family.operands:
-            offset = len(shape) - len(shape_of(n))
-            for axis, size in enumerate(shape_of(n)):
-                if size == shape[axis + offset]:
-                    self._link(n, axis, node, axis + offset, meeting)
-                else:
-                    self._keep_axis(n, axis, NEEDED)
+            self._broadcast(n, node, meeting)
+
+    def _broadcast(self, n: Node, node: Node, meeting: int | None) -> None:
+        """Link the axes of an operand with those of a result to which it is broadcast."""
+        shape = shape_of(node)
+        offset = len(shape) - len(shape_of(n))
+        for axis, size in enumerate(shape_of(n)):
+            if size == shape[axis + offset]:
+                self._link(n, axis, node, axis + offset, meeting)
+            else:
+                self._keep_axis(n, axis, NEEDED)
 
     @_demand.register
     def _(self, family: Mixing, node: Node) -> None:
         results = [o for o in self.facts.outputs(node) if o in self.keep and len(self.keep[o]) > 0]
         for axis, out_axis in enumerate(family.out_axis):
             mixed = axis in family.mixed
-            if mixed:
+            if mixed and family.groups > 1 and axis == 1:
+                mixed = False
+                self._demand_whole_groups(family, node)
+            elif mixed and family.keeps_zero and family.kind == "reduction":
+                self._keep_nonzero(family.x, axis, node)
+            elif mixed:
                 self._keep_axis(family.x, axis, self._says(node, "the operation works over the whole axis"))
             for out in results if out_axis is not None else ():
                 assert out_axis is not None
@@ -227,12 +253,32 @@ class Widths:
         for parameter, axis, x_axis in family.parameters:
             self._link(family.x, x_axis, parameter, axis)
 
+    def _demand_whole_groups(self, family: Mixing, node: Node) -> None:
+        """Keep or remove the groups of a group normalization as a whole."""
+        kept = self.keep[family.x][1].view(family.groups, -1)
+        kept = kept.any(1, keepdim=True).expand(kept.shape)
+        if not self._can_regroup(node):
+            kept = torch.ones_like(kept)
+        self._grow(family.x, 1, kept.flatten(), self._says(node, "it is normalized together with something alive"))
+
+    def _keep_nonzero(self, x: Node, axis: int, node: Node) -> None:
+        """Keep what adds a constant to a sum along an axis."""
+        if all(bool(k.any()) for o in self.facts.outputs(node) for k in self.keep[o]):
+            others = [a for a in range(len(self.keep[x])) if a != axis]
+            adds = self.facts.nonzero_constant(x)
+            self._grow(x, axis, adds.any(others) if others else adds, self._says(node, "it adds a constant to a sum"))
+
     @_demand.register
     def _(self, family: Lookup, node: Node) -> None:
         self._keep_axis(family.table, 0, self._says(node, "any row may be looked up"))
-        self._link(family.table, 1, node, len(self.keep[node]) - 1)
-        for axis in range(len(self.keep[node]) - 1):
-            self._link(family.indices, axis, node, axis)
+        for n in node.all_input_nodes:
+            if n is not family.table:
+                self._keep_whole(n, NEEDED)
+        for i, out in enumerate(self.facts.outputs(node)):
+            for axis in range(len(self.keep[out]) - (i == 0)):
+                self._keep_axis(out, axis, NEEDED)
+            if i == 0:
+                self._link(family.table, 1, out, -1)
 
     @_demand.register
     def _(self, family: Movement, node: Node) -> None:
@@ -244,9 +290,13 @@ class Widths:
             for n in everything:
                 self._keep_whole(n, self._says(node, "the sizes of this step are written in the code"))
             return
+        self._move(node, family.inputs, results)
+
+    def _move(self, node: Node, inputs: tuple[Node, ...], results: list[Node]) -> None:
+        """Keep every element that comes from, or ends up in, one that stays."""
         maps = self.facts.movement_map(node)
-        inside = torch.cat([self._elements(n).flatten() for n in family.inputs])
-        inside_why = torch.cat([self.element_why(n).flatten() for n in family.inputs])
+        inside = torch.cat([self._elements(n).flatten() for n in inputs])
+        inside_why = torch.cat([self.element_why(n).flatten() for n in inputs])
         back = torch.full_like(inside_why, -1)
         for out in results:
             index = self._result_index(node, out)
@@ -256,9 +306,244 @@ class Widths:
             self._grow_elements(out, arrives, torch.where(arrives, inside_why[m], -1))
             leaves = self._elements(out) & ~constant
             back.scatter_reduce_(0, m[leaves], self.element_why(out)[leaves], "amax")
-        sizes = [torch.Size(shape_of(n)) for n in family.inputs]
-        for n, size, part in zip(family.inputs, sizes, back.split([s.numel() for s in sizes]), strict=True):
+        sizes = [torch.Size(shape_of(n)) for n in inputs]
+        for n, size, part in zip(inputs, sizes, back.split([s.numel() for s in sizes]), strict=True):
             self._grow_elements(n, (part >= 0).view(size), part.view(size))
+
+    @_demand.register
+    def _(self, family: Indexing, node: Node) -> None:
+        for n in family.indices:
+            self._keep_whole(n, NEEDED)
+        places = family.moved
+        said = self._says(node, "it may be picked by an index")
+        for n in (*places, *([node] if family.same_axes else [])):
+            for axis in family.axes if n is not family.source or family.adds else ():
+                self._keep_axis(n, axis, said)
+        if family.adds:
+            for n in places:
+                for axis in range(len(self.keep[node])):
+                    if axis not in family.axes:
+                        self._link(n, axis, node, axis)
+        elif not all(self.full(n) for n in (*places, node)):
+            self._move(node, places, [node])
+
+    @_demand.register
+    def _(self, family: Ranking, node: Node) -> None:
+        x, axis = family.x, family.axis
+        self._keep_axis(x, axis, self._says(node, "everything along the axis is compared"))
+        for out in self.facts.outputs(node):
+            for a in range(len(self.keep[x])):
+                if a == axis:
+                    if family.keeps_axis:
+                        self._keep_axis(out, a, NEEDED)
+                elif len(self.keep[out]):
+                    self._link(x, a, out, a if family.keeps_axis or a < axis else a - 1)
+
+    @_demand.register
+    def _(self, family: Halves, node: Node) -> None:
+        for axis in range(len(self.keep[node])):
+            if axis != family.axis:
+                self._link(family.x, axis, node, axis)
+        self._link_blocks(family.x, family.axis, node, family.axis, 2)
+
+    def _link_blocks(self, a: Hashable, axis_a: int, b: Hashable, axis_b: int, blocks: int) -> None:
+        """Keep in every block of one axis the same indices as on another."""
+        kept, why = self.keep[a][axis_a].view(blocks, -1), self.why[a][axis_a].view(blocks, -1)
+        self._grow(b, axis_b, kept.any(0), why.amax(0))
+        self._grow(a, axis_a, self.keep[b][axis_b].repeat(blocks), self.why[b][axis_b].repeat(blocks))
+
+    @_demand.register
+    def _(self, family: NormedWeight, node: Node) -> None:
+        for axis in range(len(self.keep[node])):
+            if axis != family.axis:
+                self._keep_axis(family.v, axis, self._says(node, "the weight is normalized over it"))
+            self._link(family.v, axis, node, axis)
+        for axis, size in enumerate(shape_of(family.g)):
+            if size == shape_of(family.v)[family.axis] and (size > 1 or axis == family.axis):
+                self._link(family.g, axis, family.v, family.axis)
+            else:
+                self._keep_axis(family.g, axis, NEEDED)
+
+    @_demand.register
+    def _(self, family: Bilinear, node: Node) -> None:
+        last = len(self.keep[node]) - 1
+        for x, axis in ((family.x1, 1), (family.x2, 2)):
+            for a in range(last):
+                self._link(x, a, node, a)
+            self._link(x, last, family.weight, axis)
+            constant = self.facts.nonzero_constant(x).flatten(0, -2).any(0)
+            used = (self.facts.values[family.weight] != 0).movedim(axis, 0).flatten(1).any(1)
+            self._grow(x, last, constant & used, self._says(node, "it is a constant that cannot be folded here"))
+        self._link(family.weight, 0, node, last)
+        if family.bias is not None:
+            self._link(family.bias, 0, node, last)
+
+    @_demand.register
+    def _(self, family: Product, node: Node) -> None:
+        a, b = family.a, family.b
+        places: dict[str, list[tuple[Node, int]]] = {}
+        for n, axes in ((a, family.a_axes), (b, family.b_axes), (node, family.out_axes)):
+            for axis, letter in enumerate(axes):
+                places.setdefault(letter, []).append((n, axis))
+        for letter, found in places.items():
+            size = max(self.keep[n][axis].numel() for n, axis in found)
+            full = [(n, axis) for n, axis in found if self.keep[n][axis].numel() == size]
+            for n, axis in found:
+                if (n, axis) not in full:
+                    self._keep_axis(n, axis, NEEDED)
+                elif len(found) == 1:
+                    self._keep_axis(n, axis, self._says(node, "the operation works over the whole axis"))
+            for (n, i), (m, j) in pairwise(full):
+                self._link(n, i, m, j)
+            if letter not in family.out_axes and len(found) > 1:
+                self._keep_constants(family, node, letter, full[0])
+        if family.addend is not None:
+            self._broadcast(family.addend, node, None)
+        for n in family.inputs:
+            if n not in (a, b, family.addend):
+                self._keep_whole(n, NEEDED)
+
+    def _keep_constants(self, family: Product, node: Node, letter: str, place: tuple[Node, int]) -> None:
+        """Keep the indices along a summed axis where two constants meet: their product has nowhere else to go."""
+        if not all(bool(k.any()) for k in self.keep[node]) or self.keep[place[0]][place[1]].all():
+            return
+        a, b = (self.facts.nonzero_constant(n) for n in (family.a, family.b))
+        if a.any() and b.any():
+            adds = torch.einsum(f"{family.a_axes},{family.b_axes}->{letter}", a.float(), b.float()) > 0
+            self._grow(*place, adds, self._says(node, "it adds a constant to a sum"))
+
+    @_demand.register
+    def _(self, family: Attention, node: Node) -> None:
+        query, key, value = family.query, family.key, family.value
+        out = self.facts.outputs(node)[0] if not is_tensor(node) else node
+        for extra in self.facts.outputs(node):
+            if extra is not out:
+                self._keep_whole(extra, NEEDED)
+        ndim = len(self.keep[out])
+        said = self._says(node, "queries and keys are compared over it")
+        explicit = node.kwargs.get("scale") is not None
+        self._link(query, -1, key, -1)
+        if not explicit:
+            self._keep_axis(query, -1, said)
+        self._link(value, -1, out, -1)
+        self._link(query, -2, out, -2)
+        self._link(key, -2, value, -2)
+        for axis in range(ndim - 2):
+            back = axis - ndim
+            if back == -3 and family.repeats > 1:
+                self._link(key, back, value, back)
+                self._share_heads(family, node, out)
+                self._link(query, back, out, back)
+                continue
+            for n in (query, key, value):
+                if self.keep[n][back].numel() == self.keep[out][back].numel():
+                    self._link(n, back, out, back)
+                else:
+                    self._keep_axis(n, back, NEEDED)
+        for n in family.inputs:
+            if n not in (query, key, value):
+                for axis in range(len(self.keep[n])):
+                    back = axis - len(self.keep[n])
+                    other = (key, -2) if back == -1 else (out, back)
+                    if self.keep[n][axis].numel() == self.keep[other[0]][other[1]].numel():
+                        self._link(n, axis, *other)
+                    else:
+                        self._keep_axis(n, axis, NEEDED)
+
+    def _share_heads(self, family: Attention, node: Node, out: Node) -> None:
+        """Keep the same number of query heads for every key-value head that stays."""
+        said = self._says(node, "query heads share keys and values in equal numbers")
+        kept = self.keep[out][-3].view(-1, family.repeats)
+        self._grow(family.value, -3, kept.any(1), NEEDED)
+        groups = self.keep[family.value][-3]
+        width = max(1, int(kept.sum(1).max()))
+        missing = torch.where(groups, width - kept.sum(1), 0)
+        free = ~kept
+        self._grow(out, -3, (free & (free.cumsum(1) <= missing.unsqueeze(1))).flatten(), said)
+
+    @_demand.register
+    def _(self, family: Recurrence, node: Node) -> None:
+        cells = range(len(family.layers))
+        for layer in cells:
+            self._demand_cell(family, node, layer)
+        results = self.facts.outputs(node)
+        by_index = {self._result_index(node, o): o for o in results}
+        last = list(cells)[-family.directions :]
+        if (first := by_index.get(0)) is not None:
+            self._join([self._ends(family, node, layer) for layer in last], first, -1)
+            for axis in range(len(self.keep[first]) - 1):
+                self._link(family.x, axis, first, axis)
+        self._keep_batch(family, by_index)
+        for index, out in by_index.items():
+            live = self.facts.needed(out)
+            for layer in cells if index else ():
+                if family.single or bool(live[layer].any()):
+                    cell = family.single or index == 2
+                    self._link(Units(node, layer) if cell else self._ends(family, node, layer), 0, out, -1)
+        for i, state in enumerate(family.states):
+            for layer in cells:
+                key = Units(node, layer) if i else self._ends(family, node, layer)
+                if self.facts.unknown[state].any() or bool((self.facts.values[state] != 0).any()) or layer == 0:
+                    self._link(key, 0, state, -1)
+        self._even_out(family, node)
+
+    def _keep_batch(self, family: Recurrence, results: dict[int, Node]) -> None:
+        for n in (family.x, *family.states, *results.values()):
+            for axis in range(len(self.keep[n]) - 1):
+                self._keep_axis(n, axis, NEEDED)
+
+    def _ends(self, family: Recurrence, node: Node, layer: int) -> Units:
+        return Units(node, layer, projected=family.layers[layer].w_hr is not None)
+
+    def _join(self, parts: list[Units], key: Hashable, axis: int) -> None:
+        """Link an axis with the units that it holds one after another."""
+        sizes = [self.keep[u][0].numel() for u in parts]
+        self._grow(key, axis, torch.cat([self.keep[u][0] for u in parts]), torch.cat([self.why[u][0] for u in parts]))
+        kept, why = self.keep[key][axis].split(sizes), self.why[key][axis].split(sizes)
+        for u, k, w in zip(parts, kept, why, strict=True):
+            self._grow(u, 0, k, w)
+
+    def _demand_cell(self, family: Recurrence, node: Node, layer: int) -> None:
+        w_ih, w_hh, b_ih, b_hh, w_hr = family.layers[layer]
+        units, ends = Units(node, layer), self._ends(family, node, layer)
+        for key, size in ((units, shape_of(w_ih)[0] // family.gates), (ends, shape_of(w_hh)[1])):
+            if key not in self.keep:
+                self.keep[key] = [torch.zeros(size, dtype=torch.bool)]
+                self.why[key] = [torch.full((size,), -1)]
+        needed = self.facts.units.get(node)
+        for key, i in ((ends, 0), (units, 1)):
+            if needed is not None:
+                self._grow(key, 0, needed[layer][i], NEEDED)
+        for parameter in (w_ih, w_hh, b_ih, b_hh):
+            if parameter is not None:
+                self._link_blocks(parameter, 0, units, 0, family.gates)
+        self._link(w_hh, 1, ends, 0)
+        if w_hr is not None:
+            self._link(w_hr, 0, ends, 0)
+            self._link(w_hr, 1, units, 0)
+        if layer < family.directions:
+            self._link(w_ih, 1, family.x, -1)
+            others = list(range(len(self.keep[family.x]) - 1))
+            constant = self.facts.nonzero_constant(family.x).any(others)
+            used = (self.facts.values[w_ih] != 0).any(0)
+            said = self._says(node, "it is a constant that cannot be folded here")
+            self._grow(family.x, -1, constant & used, said)
+        else:
+            below = layer - layer % family.directions - family.directions
+            self._join([self._ends(family, node, below + d) for d in range(family.directions)], w_ih, 1)
+
+    def _even_out(self, family: Recurrence, node: Node) -> None:
+        """Keep the same number of units in every layer and direction."""
+        said = self._says(node, "all layers and directions stay equally wide")
+        for keys in (
+            [Units(node, layer) for layer in range(len(family.layers))],
+            [self._ends(family, node, layer) for layer in range(len(family.layers))],
+        ):
+            width = max(1, *(int(self.keep[k][0].sum()) for k in keys)) if len(keys) > 1 else 1
+            for key in keys:
+                kept = self.keep[key][0]
+                free = ~kept
+                self._grow(key, 0, free & (free.cumsum(0) <= width - int(kept.sum())), said)
 
     def _result_index(self, node: Node, out: Node) -> int:
         family = self.facts.families[out]
@@ -340,7 +625,7 @@ class Widths:
         low, high = (value.amin(others), value.amax(others)) if others else (value, value)
         constants = self._contributes(family, node) & known & ((low != 0) | (high != 0))
         fold = constants & removed
-        uneven = fold & ((high - low) > _ROUNDING * torch.maximum(high.abs(), low.abs()))
+        uneven = fold & ((high - low) > rounding(self.facts.values[x]) * torch.maximum(high.abs(), low.abs()))
         self._grow(
             x, family.x_axis, uneven, self._says(node, "it is a constant that differs from position to position")
         )
@@ -386,3 +671,9 @@ def _outer(vectors: list[Tensor], combine: Callable[[Tensor, Tensor], Tensor], s
     for axis, v in enumerate(vectors):
         out = combine(out, v.view([-1 if a == axis else 1 for a in range(len(vectors))]))
     return out
+
+
+def uniform(node: Node) -> bool:
+    """Tell whether a creation gives the same value everywhere, so that any size of it will do."""
+    name = operation(node).removeprefix("aten.").removeprefix("new_")
+    return name in ("zeros", "ones", "full", "empty", "scalar_tensor")

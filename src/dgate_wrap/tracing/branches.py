@@ -38,20 +38,18 @@ from .flow import (
     Flow,
     StuckError,
     axis_labels,
-    collapse_labels,
     factors,
     fit_labels,
-    gives_zero,
     is_floating,
     label_part,
     labels_along,
     merge_labels,
-    narrow_labels,
     reduce_labels,
     unchoose_labels,
     unmix_labels,
 )
-from .operations import shape_of, source_indices, tensor_inputs
+from .operations import gives_zero, shape_of, source_indices, tensor_inputs
+from .structure import compact, narrow
 
 Need: TypeAlias = "Tensor | None"
 """Label per element of a value: the group whose zeroing must make it zero, or -1; ``None``: all are of group 0."""
@@ -148,7 +146,7 @@ class _Walk:
         """Return the pieces that make the needed elements of a node zero, or raise."""
         site = node if node in self.flow.varying else site
         if need is not None:
-            return [] if bool((collapse_labels(need) < 0).all()) else self._step(node, need, site)
+            return [] if bool((narrow(need) < 0).all()) else self._step(node, need, site)
         key = (node, site)
         if key not in self._known:
             try:
@@ -167,7 +165,7 @@ class _Walk:
             source = self.flow.trace.sources[node]
             if source.kind != "parameter":
                 raise StuckError(f"it is made by the {source.kind} {source.name!r}, not by a weight")
-            return [(source.name, torch.zeros((), dtype=torch.int64) if need is None else narrow_labels(need), site)]
+            return [(source.name, torch.zeros((), dtype=torch.int64) if need is None else compact(need).clone(), site)]
         return self._rule(self.flow.family(node), node, need, site)
 
     @singledispatchmethod

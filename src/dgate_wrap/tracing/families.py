@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 from torch.fx import Node
@@ -55,7 +55,8 @@ class Mixing:
     ``out_axis[a]`` is where axis ``a`` of x lies in the output, or ``None`` if it is gone. ``parameters`` are
     ``(node, its axis, the axis of x)``; an output is constant where ``scale`` is zero. ``kind`` says what happens
     along the mixed axes: a norm's statistics, a pooling, a reduction, or a softmax or cumulative sum. ``keeps_zero``:
-    a slice of zeros stays zero whatever the others hold, before the parameters (RMSNorm; a sum).
+    a slice of zeros stays zero whatever the others hold, before the parameters (RMSNorm; a sum). With ``groups``, axis
+    1 mixes within that many groups of channels only.
     """
 
     kind: Literal["norm", "pool", "reduction", "scan"]
@@ -65,6 +66,7 @@ class Mixing:
     parameters: tuple[tuple[Node, int, int], ...] = ()
     scale: Node | None = None
     keeps_zero: bool = False
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -124,19 +126,30 @@ class Attention(Barrier):
     repeats: int
 
 
+class Cell(NamedTuple):
+    """The weights of one layer and direction of a recurrence."""
+
+    w_ih: Node
+    w_hh: Node
+    b_ih: Node | None = None
+    b_hh: Node | None = None
+    w_hr: Node | None = None
+
+
 @dataclass(frozen=True)
 class Recurrence(Barrier):
     """An LSTM, GRU or plain RNN, or a single step of one.
 
-    ``layers`` lists, per layer and direction, ``(w_ih, w_hh, b_ih, b_hh, w_hr)``, absent ones as ``None``. The last
-    axis of x holds its channels; ``states`` are the initial states.
+    ``layers`` lists the cells, layer by layer and direction by direction. The last axis of x holds its channels;
+    ``states`` are the initial states. ``single`` marks a single step.
     """
 
     x: Node
     states: tuple[Node, ...]
-    layers: tuple[tuple[Node | None, ...], ...]
+    layers: tuple[Cell, ...]
     directions: int
     gates: int
+    single: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,8 @@ class Indexing(Barrier):
     """Elements of x picked along some axes by integer (or boolean) tensors, all others whole: index, gather and kin.
 
     ``source`` is ``None``, or what is written there (index_put). ``run`` applies the operation to stand-ins of x and
-    the written tensor, given the values of the indices. ``same_axes`` tells that output axes lie where those of x do.
+    the written tensor, given the values of the indices. ``same_axes`` tells that output axes lie where those of x do,
+    ``adds`` that what is written is added to what is there (index_add), which moves nothing.
     """
 
     x: Node
@@ -153,6 +167,12 @@ class Indexing(Barrier):
     run: Callable[[list[Tensor], dict[Node, Tensor]], Tensor]
     source: Node | None = None
     same_axes: bool = True
+    adds: bool = False
+
+    @property
+    def moved(self) -> tuple[Node, ...]:
+        """The operands whose elements end up in the result."""
+        return (self.x,) if self.source is None else (self.x, self.source)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .capture import Trace, operation
-from .families import Family, Indexing, Mixing, Pointwise
+from .families import Family, Indexing, Mixing
 from .operations import describe, shape_of, tensor_of, varying_nodes
 
 LIKE = frozenset({"aten.type_as", "aten.view_as", "aten.expand_as", "aten.reshape_as"})
@@ -32,7 +32,7 @@ class Flow:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.nodes = trace.nodes
-        self.varying = varying_nodes(self.nodes, {n for n, s in trace.sources.items() if s.kind == "input"})
+        self.varying = varying_nodes(trace)
         self._position = {n: i for i, n in enumerate(self.nodes)}
         self._above: dict[Node, int] = {}
         for node in self.nodes:
@@ -178,23 +178,6 @@ def label_part(node: Node, shape: tuple[int, ...]) -> Tensor:
     return labels.view([-1 if a == axis else 1 for a in range(len(shape))]).expand(shape)
 
 
-def collapse_labels(need: Tensor) -> Tensor:
-    """Give axes that were only expanded the size 1."""
-    for axis in range(need.dim()):
-        if need.stride(axis) == 0:
-            need = need.narrow(axis, 0, 1)
-    return need
-
-
-def narrow_labels(need: Tensor) -> Tensor:
-    """Give axes along which labels do not vary the size 1."""
-    need = collapse_labels(need)
-    for axis in range(need.dim()):
-        if bool((need == need.narrow(axis, 0, 1)).all()):
-            need = need.narrow(axis, 0, 1)
-    return need.clone()
-
-
 def merge_labels(a: Tensor, b: Tensor) -> Tensor:
     """Join two labellings of one parameter; refuse if they disagree."""
     a, b = torch.broadcast_tensors(a, b)
@@ -216,21 +199,3 @@ def unchoose_labels(family: Indexing, need: Tensor) -> Tensor:
     for axis in range(first, last + 1):
         need = need.unsqueeze(axis)
     return need.expand(shape)
-
-
-def gives_zero(node: Node, family: Pointwise, zeros: Collection[Node]) -> bool:
-    """Tell whether an operation gives zero where some operands are, whatever the others hold: by running it."""
-    generator = torch.Generator().manual_seed(0)
-
-    def stand_in(n: Node) -> Any:
-        if n not in family.operands:
-            return tensor_of(n)
-        noise = torch.zeros(64) if n in zeros else 3 * torch.randn(64, generator=generator)
-        return noise.to(tensor_of(n).dtype)
-
-    try:
-        args, kwargs = cast("tuple[Any, Any]", torch.fx.map_arg((node.args, node.kwargs), stand_in))
-        result = cast(Any, node.target)(*args, **{k: "cpu" if k == "device" else v for k, v in kwargs.items()})
-    except (RuntimeError, TypeError, IndexError):
-        return False  # the operation wants another dtype or shape: claim less
-    return isinstance(result, Tensor) and bool((result == 0).all())

@@ -19,6 +19,7 @@ from .families import (
     Attention,
     Barrier,
     Bilinear,
+    Cell,
     Contraction,
     Creation,
     Family,
@@ -34,7 +35,7 @@ from .families import (
     Ranking,
     Recurrence,
 )
-from .operations import is_tensor, shape_of
+from .operations import gives_zero, is_tensor, shape_of
 from .products import Products, as_product, summed_by, summed_product
 from .structure import (
     CONSTANT,
@@ -101,8 +102,6 @@ class _Interpreter(Products):
         self._inputs.append(labels.flatten())
         self.structure.flag("input", labels, f"it is added to the model's input {node.name!r}")
         self._set(node, labels * 4 + LIVE)
-
-    # words of nodes
 
     # rules
 
@@ -276,36 +275,15 @@ class _Interpreter(Products):
         """Return the state of every output by running the real operation: zeros where operands are zero, else noise."""
         states = torch.stack(torch.broadcast_tensors(*(state_of(w) for w in words))) if words else torch.zeros(1, 1)
         codes = (states * torch.tensor([3**i for i in range(len(words))]).view(-1, *[1] * (states.dim() - 1))).sum(0)
-        generator = torch.Generator().manual_seed(0)
         out = torch.zeros(3 ** len(words), dtype=torch.int64)
         for code in codes.unique().tolist():
-            combination = [code // 3**i % 3 for i in range(len(words))]
-            stand_in = {
-                n: torch.zeros(64) if s == ZERO else torch.randn(64, generator=generator)
-                for n, s in zip(family.operands, combination, strict=True)
-            }
-            out[code] = self._outcome(node, stand_in, combination)
+            held = [code // 3**i % 3 for i in range(len(words))]
+            zeros = {n for n, state in zip(family.operands, held, strict=True) if state == ZERO}
+            if zeros and gives_zero(node, family, zeros):
+                out[code] = ZERO
+            else:
+                out[code] = LIVE if LIVE in held else FIXED
         return out[codes]
-
-    def _outcome(self, node: Node, stand_in: dict[Node, Tensor], states: list[int]) -> int:
-        dead = all(s != LIVE for s in states)
-        if ZERO not in states:
-            return FIXED if dead else LIVE
-        try:
-            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: self._stand_in(n, stand_in))
-            kwargs = {**kwargs, "device": "cpu"} if "device" in kwargs else kwargs
-            result = cast(Any, node.target)(*args, **kwargs)
-            zero = isinstance(result, Tensor) and bool((result == 0).all())
-        except (RuntimeError, TypeError, IndexError):
-            zero = False  # the operation wants another dtype or shape: claim less
-        return ZERO if zero else FIXED if dead else LIVE
-
-    @staticmethod
-    def _stand_in(n: Node, stand_in: dict[Node, Tensor]) -> Any:
-        if n not in stand_in:
-            return n.meta["val"]
-        dtype = n.meta["val"].dtype
-        return stand_in[n] > 0 if dtype == torch.bool else stand_in[n].to(dtype)
 
     # contractions
 
@@ -543,17 +521,13 @@ class _Interpreter(Products):
         shape = [len(finals), *[1] * (len(values[1].shape) - 2), finals.shape[1]]
         last = finals.view(shape)
         first = column.flatten() if not operation(node).endswith("_cell") else units_of_all[0]
-        projected = family.layers[0][4] is not None
+        projected = family.layers[0].w_hr is not None
         h = last if not projected else torch.full((), DATA)
         return self._set(node, [first, h, *([last] * (len(values) - 2))])
 
-    def _recur(
-        self, node: Node, family: Recurrence, weights: tuple[Node | None, ...], column: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _recur(self, node: Node, family: Recurrence, weights: Cell, column: Tensor) -> tuple[Tensor, Tensor]:
         """One layer in one direction: return the words of its units, and of what it gives to the next layer."""
         w_ih, w_hh, b_ih, b_hh, w_hr = weights
-        assert w_ih is not None
-        assert w_hh is not None
         size = shape_of(w_ih)[0] // family.gates
         units = self.structure.sets.mint(size)
         rows = units.repeat(family.gates).view(-1, 1)

@@ -7,7 +7,7 @@ rule per family. An operation that stands in no table is a `Barrier`: whatever m
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import operation
+from .capture import Trace, operation
 from .families import (
     Attention,
     Barrier,
     Bilinear,
+    Cell,
     Contraction,
     Creation,
     Family,
@@ -161,15 +162,22 @@ def _movement(node: Node) -> Movement:
     return Movement(inputs, run)
 
 
-def source_indices(family: Movement) -> list[Tensor]:
-    """Return, per result of a movement, where each element comes from in its concatenated flat inputs, or -1."""
+def source_indices(family: Movement | Indexing, values: Mapping[Node, Tensor] | None = None) -> list[Tensor]:
+    """Return, per result of a movement, where each element comes from in its concatenated flat inputs, or -1.
+
+    The inputs of an `Indexing` are x and what is written there; ``values`` holds those of its indices.
+    """
+    inputs = family.inputs if isinstance(family, Movement) else family.moved
     stand_ins: list[Tensor] = []
     start = 1
-    for n in family.inputs:
+    for n in inputs:
         size = torch.Size(shape_of(n))
         stand_ins.append(torch.arange(start, start + size.numel(), dtype=torch.float64).view(size))
         start += size.numel()
-    moved = family.run(stand_ins)
+    if isinstance(family, Movement):
+        moved = family.run(stand_ins)
+    else:
+        moved = family.run(stand_ins, {n: (values or {})[n] for n in family.indices})
     return [part.long() - 1 for part in ([moved] if isinstance(moved, Tensor) else list(moved))]
 
 
@@ -267,19 +275,19 @@ def _recurrence(node: Node, varying: frozenset[Node]) -> Family | None:
     if name.endswith("_cell"):
         x, state, *weights = cast("list[Any]", list(node.args))
         states = tuple(cast("list[Node]", state)) if isinstance(state, list | tuple) else (cast(Node, state),)
-        layer = (*weights, *[None] * (4 - len(weights)), None)
-        return Recurrence(tensor_inputs(node), x, states, (layer,), 1, _GATES[name.removesuffix("_cell")])
+        gates = _GATES[name.removesuffix("_cell")]
+        return Recurrence(tensor_inputs(node), x, states, (Cell(*weights),), 1, gates, single=True)
     x, state, weights, biased, layers, _, _, bidirectional = cast("list[Any]", list(node.args[:8]))
     if not isinstance(weights, list | tuple) or isinstance(biased, list | tuple):
         return None  # packed sequences
     states = tuple(cast("list[Node]", state)) if isinstance(state, list | tuple) else (cast(Node, state),)
     cells = layers * (2 if bidirectional else 1)
     each = len(cast("list[Node]", weights)) // cells
-    rows: list[tuple[Node | None, ...]] = []
+    rows: list[Cell] = []
     for i in range(cells):
         own = list(cast("list[Node]", weights)[i * each : (i + 1) * each])
         projection = own.pop() if each in (3, 5) else None
-        rows.append((*own, *[None] * (4 - len(own)), projection))
+        rows.append(Cell(*own, w_hr=projection))
     return Recurrence(tensor_inputs(node), x, states, tuple(rows), 2 if bidirectional else 1, _GATES[name])
 
 
@@ -311,7 +319,9 @@ def _index(node: Node, varying: frozenset[Node]) -> Family | None:
             else None
         )
         if name in ("index_add", "scatter", "scatter_add"):
-            return None if written is None else Indexing(tensor_inputs(node), x, axes, indices, _never, written)
+            return (
+                None if written is None else Indexing(tensor_inputs(node), x, axes, indices, _never, written, adds=True)
+            )
         same = True
     else:
         return None
@@ -473,8 +483,10 @@ def _group_norm(node: Node, varying: frozenset[Node]) -> Family | None:
     vectors = [cast("Node | None", _argument(node, i, n)) for i, n in ((2, "weight"), (3, "bias"))]
     if any(v in varying for v in vectors if v is not None):
         return None
-    links = [(v, 0, 1) for v in vectors if v is not None]
-    return _norm(node, x, frozenset(range(1, len(shape_of(x)))), links, None)
+    links = tuple((v, 0, 1) for v in vectors if v is not None)
+    ndim = len(shape_of(x))
+    groups = cast(int, node.args[1])
+    return Mixing("norm", x, frozenset(range(1, ndim)), tuple(range(ndim)), links, groups=groups)
 
 
 def _instance_norm(node: Node, varying: frozenset[Node]) -> Family | None:
@@ -576,10 +588,29 @@ def is_random(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in tags and not idle_dropout
 
 
-def varying_nodes(nodes: list[Node], inputs: set[Node]) -> frozenset[Node]:
+def varying_nodes(trace: Trace) -> frozenset[Node]:
     """Return the nodes whose value depends on the model's inputs, or on chance."""
-    found: set[Node] = set(inputs)
-    for node in nodes:
+    found = {n for n, s in trace.sources.items() if s.kind == "input"}
+    for node in trace.nodes:
         if any(n in found for n in node.all_input_nodes) or is_random(node):
             found.add(node)
     return frozenset(found)
+
+
+def gives_zero(node: Node, family: Pointwise, zeros: Collection[Node]) -> bool:
+    """Tell whether an operation gives zero where some operands are, whatever the others hold: by running it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def stand_in(n: Node) -> Any:
+        if n not in family.operands:
+            return tensor_of(n)
+        noise = torch.zeros(64) if n in zeros else 3 * torch.randn(64, generator=generator)
+        dtype = tensor_of(n).dtype
+        return noise > 0 if dtype == torch.bool else noise.to(dtype)
+
+    try:
+        args, kwargs = cast("tuple[Any, Any]", torch.fx.map_arg((node.args, node.kwargs), stand_in))
+        result = cast(Any, node.target)(*args, **{k: "cpu" if k == "device" else v for k, v in kwargs.items()})
+    except (RuntimeError, TypeError, IndexError):
+        return False  # the operation wants another dtype or shape: claim less
+    return isinstance(result, Tensor) and bool((result == 0).all())

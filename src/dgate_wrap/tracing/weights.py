@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from .capture import operation
 from .families import Contraction, Lookup, Movement, NormedWeight, Pick, Pointwise
-from .operations import is_tensor, shape_of
+from .operations import is_tensor, shape_of, source_indices
 from .structure import FIXED, ZERO, Reader, Role, Slot, compact, label_of, narrow, state_of
 from .words import Words
 
@@ -142,12 +142,7 @@ class Weights(Words):
     def _scattered_back(self, family: Movement, index: int, labels: Tensor) -> list[tuple[str, Tensor]] | None:
         sizes = [torch.Size(shape_of(n)).numel() for n in family.inputs]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        stand_ins = [
-            torch.arange(1 + start, 1 + start + size, dtype=torch.float64).view(shape_of(n))
-            for n, start, size in zip(family.inputs, starts, sizes, strict=True)
-        ]
-        moved = family.run(stand_ins)
-        places = (moved if isinstance(moved, Tensor) else moved[index]).long() - 1
+        places = source_indices(family)[index]
         out: list[tuple[str, Tensor]] = []
         for n, start, size in zip(family.inputs, starts, sizes, strict=True):
             inside = (places >= start) & (places < start + size)

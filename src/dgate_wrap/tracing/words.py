@@ -28,8 +28,7 @@ class Words:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.structure = Structure()
-        inputs = {n for n, s in trace.sources.items() if s.kind == "input"}
-        self.varying = varying_nodes(trace.nodes, inputs)
+        self.varying = varying_nodes(trace)
         self.order = {n: i for i, n in enumerate(trace.nodes)}
         self.families: dict[Node, Family] = {
             n: describe(n, self.varying) for n in trace.nodes if n.op == "call_function" and has_tensors(n)
