@@ -192,8 +192,10 @@ def count_flops(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation, of which the counter knows nothing
     try:
+        # detached: the counter's hooks fail on views of parameters that are made without autograd
+        detached = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
         with evaluating(model), torch.no_grad(), counter:
-            model(*inputs.args, **inputs.kwargs)
+            torch.func.functional_call(model, detached, inputs.args, inputs.kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     root = type(model).__name__

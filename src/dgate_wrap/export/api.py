@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from ..errors import ExportError
 from ..gates import GatedTensor, by_gates, require_gated
 from ..gating import ungate
 from ..pruning import PruneReport, prune
-from ..tracing import Inputs, capture, normalize_inputs
-from ..tracing.capture import operation
+from ..tracing import Inputs, normalize_inputs
 from .facts import Facts
-from .plan import Permissions, Plan, make_plan
-from .report import Kept, Report, find_kept, latencies, measure
-from .verify import Certificate, Verifier, to_double
-from .widths import Widths
+from .plan import Plan
+from .report import Kept, Report, Size, find_kept, latencies, measure
+from .search import Found, Subject, smallest
+from .selection import reduced
+from .verify import Verifier, to_double
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,8 @@ def export(
     *,
     tol: float | None = None,
     latency: bool = True,
+    rewrite: bool = True,
+    select_inputs: bool = True,
 ) -> Exported:
     """Make a smaller dense network from a gated model, and prove it equal before handing it over.
 
@@ -71,6 +71,10 @@ def export(
         example_kwargs: Keyword inputs beside positional ones.
         tol: Norm at or below which a group counts as dead; 1e-6 if not given. ``dg.groups(model)`` shows the gap.
         latency: Whether to measure the latency before and after (about half a second).
+        rewrite: Whether the forward of a module may be written anew as a graph, where its own code cannot follow the
+            smaller tensors and much would have to stay otherwise.
+        select_inputs: Whether the smaller model still takes whole inputs and selects the features that it needs itself;
+            otherwise it takes only those, which ``report.inputs`` names.
 
     Returns:
         `Exported`: ``.model``, ``.plan`` and ``.report``.
@@ -98,14 +102,14 @@ def export(
         tensors = require_gated(pruned, "cannot export")
         dead = _dead_groups(tensors)
         dense = ungate(pruned)
-        facts, analysed = _analyse(dense, inputs)
-        _require_varying_output(facts, pruning)
+        subject = _analyse(dense, inputs)
+        _require_varying_output(subject.facts, pruning)
         verifier = Verifier(dense, inputs)
-        small, widths, plan, certificate, frozen = _smallest(dense, analysed, facts, verifier)
-        report = _report(dense, small, inputs, widths, plan, pruning, tensors, dead, certificate, frozen, latency)
-    for name, module in small.named_modules():
+        found = smallest(dense, subject, verifier, rewrite=rewrite, select_inputs=select_inputs)
+        report = _report(dense, found, inputs, pruning, tensors, dead, latency)
+    for name, module in found.small.named_modules():
         module.training = model.get_submodule(name).training
-    return Exported(small, plan, report, signature(dense))
+    return Exported(found.small, found.plan, report, signature(dense))
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -124,15 +128,14 @@ def _dead_groups(tensors: list[GatedTensor]) -> dict[int, Tensor]:
     return {id(gates): (gates.gamma == 0).any(1).cpu() for gates, _ in by_gates(tensors)}
 
 
-def _analyse(dense: nn.Module, inputs: Inputs) -> tuple[Facts, nn.Module]:
+def _analyse(dense: nn.Module, inputs: Inputs) -> Subject:
     """Trace and analyse on the CPU, in float64 where the model allows, so that constants are exact."""
     inputs = inputs.map(Tensor.cpu)
     doubled, exact = copy.deepcopy(dense).cpu().double(), inputs.map(to_double)
     try:
-        return Facts(capture(doubled, exact.args, exact.kwargs)), doubled
+        return Subject.of(doubled, exact)
     except Exception:
-        plain = copy.deepcopy(dense).cpu()
-        return Facts(capture(plain, inputs.args, inputs.kwargs)), plain
+        return Subject.of(copy.deepcopy(dense).cpu(), inputs)
 
 
 def _require_varying_output(facts: Facts, pruning: PruneReport) -> None:
@@ -147,80 +150,27 @@ def _require_varying_output(facts: Facts, pruning: PruneReport) -> None:
         )
 
 
-def _permutes(node: Node) -> bool:
-    """Tell whether a movement has no sizes of its own."""
-    return operation(node).removeprefix("aten.") in ("permute", "transpose", "t", "cat")
-
-
-def _adapts(node: Node) -> bool:
-    """Tell whether a movement's Python code is likely to follow other sizes."""
-    name = operation(node).removeprefix("aten.")
-    if name not in ("view", "reshape", "_unsafe_view"):
-        return name in ("permute", "transpose", "t", "cat", "stack", "unsqueeze", "squeeze", "flatten")
-    before, after = (tuple(cast(Any, n).meta["val"].shape) for n in (node.args[0], node))
-    return len(after) < len(before) and after[:-1] == before[: len(after) - 1]
-
-
-_WRITTEN_SIZES: tuple[tuple[str, Callable[[Node], bool]], ...] = (
-    ("", lambda _: True),
-    ("reshapes other than flattening, and slices", _adapts),
-    ("all reshapes and slices", _permutes),
-)
-"""Which movements are trusted, in turn, to follow the smaller tensors in the user's code; the others stay whole."""
-
-
-def _smallest(
-    dense: nn.Module, analysed: nn.Module, facts: Facts, verifier: Verifier
-) -> tuple[nn.Module, Widths, Plan, Certificate, str]:
-    """Return the smallest network that the user's own code runs and that is equal, trying the boldest plan first."""
-    permissions = Permissions(analysed, facts.trace, facts.families)
-    failure: ExportError | None = None
-    for frozen, follows in _WRITTEN_SIZES:
-        widths = Widths(
-            facts,
-            can_bias=permissions.can_bias,
-            can_carry=permissions.can_carry,
-            can_regroup=permissions.can_regroup,
-            follows=follows,
-        )
-        plan, tensors = make_plan(widths, permissions)
-        small, exact = copy.deepcopy(dense), copy.deepcopy(analysed)
-        plan.apply(exact, tensors)
-        plan.apply(small, {n: t.to(_twin(dense, n, t)) for n, t in tensors.items()})
-        try:
-            return small, widths, plan, verifier.check(small, exact), frozen
-        except ExportError as e:
-            failure = failure or e
-    assert failure is not None
-    raise failure
-
-
-def _twin(model: nn.Module, name: str, fallback: Tensor) -> Tensor:
-    """Return the tensor whose dtype and device a new value takes: the old one; of a new bias, its layer's weight."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    held = getattr(module, leaf, None)
-    held = getattr(module, "weight", None) if held is None else held
-    return held if isinstance(held, Tensor) else fallback
-
-
 def _report(
     dense: nn.Module,
-    small: nn.Module,
+    found: Found,
     inputs: Inputs,
-    widths: Widths,
-    plan: Plan,
     pruning: PruneReport,
     tensors: list[GatedTensor],
     dead: dict[int, Tensor],
-    certificate: Certificate,
-    frozen: str,
     latency: bool,
 ) -> Report:
-    (before, layers_before), (after, layers_after) = measure(dense, inputs), measure(small, inputs)
-    times: tuple[dict[str, float], dict[str, float]] = latencies(dense, small, inputs) if latency else ({}, {})
+    small, widths, plan = found.small, found.widths, found.plan
+    gone = {f"{path}.{n}" if path else n for path, recipe in plan.recipes.items() for n in recipe.drops}
+    taken = inputs if plan.select_inputs else reduced(inputs, small, plan.inputs)
+    (before, layers_before), (after, layers_after) = measure(dense, inputs), measure(small, taken)
+    times: tuple[dict[str, float], dict[str, float]] = (
+        latencies((dense, inputs), (small, taken)) if latency else ({}, {})
+    )
     layers = {
-        n: (replace(size, latency=times[0].get(n)), replace(layers_after[n], latency=times[1].get(n)))
+        n: (
+            replace(size, latency=times[0].get(n)),
+            replace(layers_after.get(n, Size(0, 0, 0)), latency=times[1].get(n)),
+        )
         for n, size in layers_before.items()
     }
     nodes = {s.name: n for n, s in widths.facts.trace.sources.items() if s.kind == "parameter"}
@@ -230,12 +180,12 @@ def _report(
         stays = torch.zeros_like(dead[id(gates)])
         for t in members:
             cut = plan.cuts.get(t.name)
-            mask = torch.ones(t.omega.shape, dtype=torch.bool) if cut is None else cut.mask()
+            mask = torch.full(t.omega.shape, t.name not in gone) if cut is None or t.name in gone else cut.mask()
             index = t.gate.index.cpu()
             why = widths.element_why(nodes[t.name], [a for a, n in enumerate(index.shape) if n > 1])
-            part, found = find_kept(t.name, index, mask, dead[id(gates)], why, widths.reasons, start)
+            part, reasons = find_kept(t.name, index, mask, dead[id(gates)], why, widths.reasons, start)
             stays |= part
-            kept += found
+            kept += reasons
         removed += int((dead[id(gates)] & ~stays).sum())
         start += gates.num_groups
     folded = [f"{n.name}: bias" if f.carrier is None else f"{n.name}: one channel" for n, f in widths.folds.items()]
@@ -247,6 +197,8 @@ def _report(
         removed,
         kept,
         folded,
-        certificate,
-        frozen,
+        found.certificate,
+        sorted(found.frozen.reshapes | found.frozen.modules),
+        sorted(plan.recipes),
+        dict(plan.inputs),
     )

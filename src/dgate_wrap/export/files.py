@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import FileFormatError
 from .api import Exported, signature
 from .plan import Cut, Plan
+from .recipes import Recipe, build_graph
 
 FORMAT_VERSION = 1
 """Raised with every change that an older version of this library would read wrongly."""
@@ -59,8 +60,11 @@ def save(exported: Exported, folder: str | os.PathLike[str]) -> Path:
         "model_class": f"{type(exported.model).__module__}.{type(exported.model).__qualname__}",
         "signature": {n: [list(shape), dtype] for n, (shape, dtype) in exported.signature.items()},
         "cuts": {n: asdict(c) for n, c in exported.plan.cuts.items()},
-        "groups": exported.plan.groups,
+        "attributes": exported.plan.attributes,
         "new_biases": exported.plan.new_biases,
+        "inputs": exported.plan.inputs,
+        "select_inputs": exported.plan.select_inputs,
+        "recipes": {p: asdict(r) for p, r in exported.plan.recipes.items()},
         "certificate": asdict(exported.report.certificate),
     }
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -83,7 +87,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         model: A model with the shapes that the original had before gating.
 
     Returns:
-        The same model, smaller, with the saved weights.
+        The same model, smaller, with the saved weights; another object only if its own forward was written anew.
 
     Raises:
         FileFormatError: If a file is missing, truncated, edited or of a newer format, or the plan is of another model.
@@ -95,12 +99,20 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     plan = _read_plan(folder)
     weights = _read_weights(folder, plan)
     _check_model(plan, model)
-    parsed = Plan({n: _cut(c) for n, c in plan["cuts"].items()}, dict(plan["groups"]), list(plan["new_biases"]))
+    parsed = Plan(
+        {n: _cut(c) for n, c in plan["cuts"].items()},
+        {n: {k: int(v) for k, v in values.items()} for n, values in plan["attributes"].items()},
+        list(plan["new_biases"]),
+        {p: Recipe(**r) for p, r in plan.get("recipes", {}).items()},
+        {n: {int(a): list(kept) for a, kept in axes.items()} for n, axes in plan.get("inputs", {}).items()},
+        bool(plan.get("select_inputs", True)),
+    )
+    for recipe in parsed.recipes.values():
+        build_graph(recipe.steps)
     _check_weights(parsed, weights, model)
     devices = {n: t.device for n, t in _state(model).items()}
     home = next(iter(devices.values()), torch.device("cpu"))
-    parsed.apply(model, {n: t.to(devices.get(n, home)) for n, t in weights.items()})
-    return model
+    return parsed.apply(model, {n: t.to(devices.get(n, home)) for n, t in weights.items()})
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -193,9 +205,15 @@ def _check_weights(plan: Plan, weights: dict[str, Tensor], model: nn.Module) -> 
                 f"the plan gives a bias to {name!r}, which is no linear layer or convolution.", "a plan of this model"
             )
         expected[bias] = tuple(weights[bias].shape) if bias in weights else ()
-    for name in plan.groups:
-        if not isinstance(modules.get(name), nn.modules.conv._ConvNd):
-            raise _bad(f"the plan regroups {name!r}, which is no convolution.", "a plan of this model")
+    for name, values in plan.attributes.items():
+        for attribute in values:
+            if type(getattr(modules.get(name), attribute, None)) is not int:
+                raise _bad(f"the plan sets {name}.{attribute}, which is no integer here.", "a plan of this model")
+    for path, recipe in plan.recipes.items():
+        prefix = f"{path}." if path else ""
+        for name in recipe.drops:
+            expected.pop(prefix + name, None)
+        expected |= {prefix + n: tuple(shape) for n, shape in recipe.constants.items()}
     wrong = [n for n in {*expected, *weights} if n not in weights or tuple(weights[n].shape) != expected.get(n)]
     if wrong:
         raise _bad(

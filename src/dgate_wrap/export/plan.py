@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..tracing import Trace
+from ..tracing.capture import owner
 from ..tracing.families import Contraction, Mixing
+from .recipes import Recipe, Rewritten
+from .selection import SelectInputs
 from .widths import Columns, Widths
 
 
@@ -65,39 +68,89 @@ class Plan:
 
     Args:
         cuts: Per parameter or buffer (first name), what stays of it; those that stay whole are left out.
-        groups: Per convolution that loses groups, its new number of groups.
+        attributes: Per module, the integers it remembers that become others: groups, channels, heads.
         new_biases: Linear layers and convolutions that get a bias, to hold folded constants.
+        recipes: Per module whose forward is written anew, how.
+        inputs: Per argument of the forward that loses some: per axis, its kept indices.
+        select_inputs: Whether the model still takes whole arguments and selects those indices itself.
     """
 
     cuts: dict[str, Cut]
-    groups: dict[str, int]
+    attributes: dict[str, dict[str, int]]
     new_biases: list[str]
+    recipes: dict[str, Recipe] = field(default_factory=dict[str, Recipe])
+    inputs: dict[str, dict[int, list[int]]] = field(default_factory=dict[str, dict[int, list[int]]])
+    select_inputs: bool = True
 
-    def apply(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    def apply(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Put the tensors of the smaller network into a model of the original shapes, and set its modules' sizes.
 
         Args:
             model: The model; changed in place.
-            tensors: Per changed parameter or buffer, its new value.
+            tensors: Per changed parameter or buffer, its new value; also the constants of the recipes.
+
+        Returns:
+            The model; another object only if its own forward is written anew.
         """
+        constants = {f"{p}.{c}" if p else c for p, recipe in self.recipes.items() for c in recipe.constants}
         for name in self.new_biases:
             cast(Any, model.get_submodule(name)).bias = nn.Parameter(tensors[f"{name}.bias"].clone())
         for name, value in tensors.items():
-            _replace(model, name, value)
-        for name, groups in self.groups.items():
-            module = cast(Any, model.get_submodule(name))
-            if isinstance(module, nn.GroupNorm):
-                module.num_groups = groups
-            else:
-                module.groups = groups
+            if name not in constants:
+                _replace(model, name, value)
+        for name, values in self.attributes.items():
+            for attribute, value in values.items():
+                setattr(model.get_submodule(name), attribute, value)
         for module in model.modules():
             resize_attributes(module)
+        for path, recipe in self.recipes.items():
+            prefix = f"{path}." if path else ""
+            graft = Rewritten(model.get_submodule(path), recipe, {c: tensors[prefix + c] for c in recipe.constants})
+            parent, _, leaf = path.rpartition(".")
+            if path:
+                model.get_submodule(parent)._modules[leaf] = graft
+            else:
+                model = graft
+        if self.inputs and self.select_inputs:
+            SelectInputs(self.inputs).attach(model)
+        return model
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan with its tensors, on the way to one that runs.
+
+    Args:
+        plan: The plan.
+        tensors: Per changed parameter or buffer, its new value; also the constants of the recipes.
+    """
+
+    plan: Plan
+    tensors: dict[str, Tensor]
+
+    def patched(self, patch: Mapping[str, Mapping[str, int]]) -> Draft:
+        """Return a draft in which modules remember other integers: per attribute, per module."""
+        attributes = {p: dict(values) for p, values in self.plan.attributes.items()}
+        for name, by_module in patch.items():
+            for path, value in by_module.items():
+                attributes.setdefault(path, {})[name] = value
+        return Draft(replace(self.plan, attributes=attributes), self.tensors)
+
+    def grafted(self, path: str, recipe: Recipe, constants: Mapping[str, Tensor]) -> Draft:
+        """Return a draft in which the forward of a module, and no forward inside of it, is written anew."""
+        prefix = f"{path}." if path else ""
+        inside = {p: r for p, r in self.plan.recipes.items() if p.startswith(prefix)}
+        gone = {f"{p}.{c}" for p, r in inside.items() for c in r.constants}
+        kept = {p: r for p, r in self.plan.recipes.items() if p not in inside}
+        tensors = {n: t for n, t in self.tensors.items() if n not in gone}
+        tensors |= {prefix + n: t for n, t in constants.items()}
+        return Draft(replace(self.plan, recipes={**kept, path: recipe}), tensors)
 
 
 def _replace(model: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter or buffer under every name that it has."""
-    owner, _, leaf = name.rpartition(".")
-    old = getattr(model.get_submodule(owner), leaf)
+    parent, _, leaf = name.rpartition(".")
+    old = getattr(model.get_submodule(parent), leaf)
     if old.shape == value.shape:
         with torch.no_grad():
             old.copy_(value)
@@ -125,16 +178,16 @@ def resize_attributes(module: nn.Module) -> None:
     elif isinstance(module, nn.modules.conv._ConvNd):
         m.out_channels, m.in_channels = m.weight.shape[0], m.weight.shape[1] * m.groups
     elif isinstance(module, nn.modules.batchnorm._NormBase):
-        held = m.weight if m.weight is not None else m.running_mean
+        held = m.weight if m.affine else m.running_mean
         m.num_features = m.num_features if held is None else held.shape[0]
     elif isinstance(module, nn.Embedding):
         m.num_embeddings, m.embedding_dim = m.weight.shape
     elif isinstance(module, nn.PReLU):
         m.num_parameters = m.weight.shape[0]
-    elif isinstance(module, nn.GroupNorm):
-        m.num_channels = m.num_channels if m.weight is None else m.weight.shape[0]
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and m.weight is not None:
-        m.normalized_shape = tuple(cast(Any, module).weight.shape)
+    elif isinstance(module, nn.GroupNorm) and m.affine:
+        m.num_channels = m.weight.shape[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.elementwise_affine:
+        m.normalized_shape = tuple(m.weight.shape)
     elif isinstance(module, nn.Bilinear):
         m.out_features, m.in1_features, m.in2_features = m.weight.shape
     elif isinstance(module, nn.RNNBase):
@@ -142,8 +195,13 @@ def resize_attributes(module: nn.Module) -> None:
         m.hidden_size = m.weight_ih_l0.shape[0] // _GATES[m.mode]
         m.proj_size = m.weight_hh_l0.shape[1] if m.proj_size else 0
         m._flat_weights = [getattr(m, n) for n in m._flat_weights_names]
+    elif type(module).__name__ == "Conv1D" and all(type(getattr(m, n, None)) is int for n in ("nx", "nf")):
+        m.nx, m.nf = m.weight.shape  # of Hugging Face: a linear layer with the weight transposed
     elif isinstance(module, nn.RNNCellBase):
         m.input_size, m.hidden_size = m.weight_ih.shape[1], m.weight_hh.shape[1]
+
+
+_SIZED = (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.modules.batchnorm._BatchNorm)
 
 
 class Permissions:
@@ -157,6 +215,7 @@ class Permissions:
         self._model = model
         self._sources = trace.sources
         self._families = families
+        self._modules = dict(model.named_modules())
         self.owners: dict[int, list[tuple[str, nn.Module]]] = {}
         for prefix, module in model.named_modules():
             for p in module.parameters(recurse=False):
@@ -180,9 +239,9 @@ class Permissions:
     def bias_owner(self, node: Node) -> str | None:
         """Return the layer that can be given a bias for a contraction, or ``None``."""
         family = cast(Contraction, self._families[node])
-        owner = self._owner(family.weight)
-        missing = owner is not None and cast(Any, owner[1]).bias is None
-        return owner[0] if owner is not None and missing and len(family.weight.users) == 1 else None
+        held = self._owner(family.weight)
+        missing = held is not None and cast(Any, held[1]).bias is None
+        return held[0] if held is not None and missing and len(family.weight.users) == 1 else None
 
     def can_bias(self, node: Node) -> bool:
         """Tell whether the bias of a contraction may be changed, or made."""
@@ -193,78 +252,119 @@ class Permissions:
         """Tell whether the weight of a contraction may be changed."""
         return self._free_parameter(cast(Contraction, self._families[node]).weight)
 
-    def groups_owner(self, node: Node) -> str | None:
-        """Return the convolution or group norm whose number of groups an operation uses, or ``None``."""
-        family = self._families[node]
-        if isinstance(family, Mixing):
-            weight = family.parameters[0][0] if family.parameters else None
-        else:
-            weight = cast(Contraction, family).weight
-        owner = self._owner(weight) if weight is not None else None
-        regrouped = nn.modules.conv._ConvNd | nn.GroupNorm
-        return owner[0] if owner is not None and isinstance(owner[1], regrouped) else None
+    def stock_owner(self, node: Node) -> str | None:
+        """Return the stock layer whose forward made a node, or ``None``."""
+        path = owner(node)
+        return path if path is not None and isinstance(self._modules.get(path), _SIZED) else None
+
+    def remembers(self, path: str) -> frozenset[str]:
+        """Return the names under which a stock layer remembers sizes that the shapes of its tensors may not tell."""
+        module = self._modules[path]
+        if isinstance(module, nn.modules.conv._ConvNd):
+            return frozenset({"groups"}) if module.groups > 1 else frozenset()
+        return frozenset({"num_groups", "num_channels"} if isinstance(module, nn.GroupNorm) else {"num_features"})
 
     def can_regroup(self, node: Node) -> bool:
         """Tell whether an operation's number of groups may be changed."""
-        return self.groups_owner(node) is not None
+        return self.stock_owner(node) is not None
 
 
-def make_plan(widths: Widths, permissions: Permissions) -> tuple[Plan, dict[str, Tensor]]:
+def make_plan(
+    widths: Widths, permissions: Permissions, *, select_inputs: bool = True
+) -> tuple[Plan, dict[str, Tensor]]:
     """Turn kept indices into a plan, and compute the tensors of the smaller network in the precision of the analysis.
 
     Returns:
         The plan, and the new value of every parameter and buffer that changes.
     """
     facts = widths.facts
-    grouped = {f.weight: f for f in facts.families.values() if isinstance(f, Contraction) and f.groups > 1}
     state: dict[str, Tensor] = {
         s.name: s.value for s in facts.trace.sources.values() if s.kind in ("parameter", "buffer")
     }
-    changed: set[str] = set()
-    new_biases: list[str] = []
-    groups: dict[str, int] = {}
-    for node, fold in widths.folds.items():
-        family = cast(Contraction, facts.families[node])
-        weight = facts.trace.sources.get(family.weight)
-        if fold.carrier is not None:
-            assert weight is not None
-            state[weight.name] = _carried(family, state[weight.name], fold.values, fold.carrier, facts.values[family.x])
-            changed.add(weight.name)
-        else:
-            bias = facts.trace.sources[family.bias].name if family.bias is not None else None
-            if bias is None:
-                owner = cast(str, permissions.bias_owner(node))
-                bias = f"{owner}.bias" if owner else "bias"
-                new_biases.append(owner)
-            constant = _constant(family, facts.values[family.weight], facts.values[family.x], fold.values)
-            state[bias] = state[bias] + constant if bias in state else constant
-            changed.add(bias)
-
-    cuts: dict[str, Cut] = {}
-    for node, source in facts.trace.sources.items():
-        if source.kind not in ("parameter", "buffer") or node not in widths.keep:
-            continue
-        axes = {a: k.nonzero().flatten().tolist() for a, k in enumerate(widths.keep[node]) if not k.all()}
-        columns = widths.keep.get(Columns(node))
-        if columns is not None and not columns[0].all():
-            cut = Cut(tuple(source.value.shape), axes, grouped[node].groups, columns[0].nonzero().flatten().tolist())
-        else:
-            cut = Cut(tuple(source.value.shape), axes)
-        if axes or cut.columns is not None:
-            cuts[source.name] = cut
+    changed, new_biases = _fold(widths, permissions, state)
+    cuts = _find_cuts(widths)
     for node, family in facts.families.items():
         if isinstance(family, Contraction) and family.bias is None:
-            owner, kept = permissions.bias_owner(node), widths.keep[node][family.out_axis]
-            if owner in new_biases and not kept.all():
-                name = f"{owner}.bias" if owner else "bias"
-                cuts[name] = Cut((kept.numel(),), {0: kept.nonzero().flatten().tolist()})
-        if isinstance(family, Contraction | Mixing) and family.groups > 1:
-            channels = widths.keep[node][family.out_axis if isinstance(family, Contraction) else 1]
-            used = channels.view(family.groups, -1).any(1)
-            if not used.all():
-                groups[cast(str, permissions.groups_owner(node))] = int(used.sum())
+            path, kept = permissions.bias_owner(node), widths.keep[node][family.out_axis]
+            if path in new_biases and not kept.all():
+                name = f"{path}.bias" if path else "bias"
+                cuts[name] = Cut((kept.numel(),), {0: _places(kept)})
+    inputs: dict[str, dict[int, list[int]]] = {}
+    for node, source in facts.trace.sources.items():
+        axes = _cut_axes(widths.keep.get(node, [])) if source.kind == "input" else {}
+        if axes:
+            inputs[source.name] = axes
     tensors = {n: cuts[n].apply(t) if n in cuts else t for n, t in state.items() if n in cuts or n in changed}
-    return Plan(cuts, groups, new_biases), tensors
+    attributes = _find_attributes(widths, permissions)
+    return Plan(cuts, attributes, new_biases, inputs=inputs, select_inputs=select_inputs), tensors
+
+
+def _find_attributes(widths: Widths, permissions: Permissions) -> dict[str, dict[str, int]]:
+    """Return the sizes that stock layers remember, where no tensor of theirs tells them."""
+    found: dict[str, dict[str, int]] = {}
+    for node, family in widths.facts.families.items():
+        if not isinstance(family, Contraction | Mixing) or (path := permissions.stock_owner(node)) is None:
+            continue
+        x = node if isinstance(family, Contraction) else family.x
+        axis = family.out_axis if isinstance(family, Contraction) else 1
+        kept = widths.keep[x][axis] if x in widths.keep and len(widths.keep[x]) > axis else None
+        if kept is None or kept.all():
+            continue
+        used = int(kept.view(family.groups, -1).any(1).sum())
+        names = permissions.remembers(path)
+        values = {"groups": used, "num_groups": used, "num_features": int(kept.sum()), "num_channels": int(kept.sum())}
+        if any(n in names for n in values):
+            found[path] = {n: v for n, v in values.items() if n in names}
+    return found
+
+
+def _places(kept: Tensor) -> list[int]:
+    return kept.nonzero().flatten().tolist()
+
+
+def _cut_axes(keep: list[Tensor]) -> dict[int, list[int]]:
+    """Return the kept indices of every axis that loses some."""
+    return {a: _places(k) for a, k in enumerate(keep) if not k.all()}
+
+
+def _fold(widths: Widths, permissions: Permissions, state: dict[str, Tensor]) -> tuple[set[str], list[str]]:
+    """Add the constants of removed channels to biases and weights, in place; return which changed, and new biases."""
+    facts = widths.facts
+    changed: set[str] = set()
+    new_biases: list[str] = []
+    for node, fold in widths.folds.items():
+        family = cast(Contraction, facts.families[node])
+        if fold.carrier is not None:
+            weight = facts.trace.sources[family.weight].name
+            state[weight] = _carried(family, state[weight], fold.values, fold.carrier, facts.values[family.x])
+            changed.add(weight)
+            continue
+        bias = facts.trace.sources[family.bias].name if family.bias is not None else None
+        if bias is None:
+            path = cast(str, permissions.bias_owner(node))
+            bias = f"{path}.bias" if path else "bias"
+            new_biases.append(path)
+        constant = _constant(family, facts.values[family.weight], facts.values[family.x], fold.values)
+        state[bias] = state[bias] + constant if bias in state else constant
+        changed.add(bias)
+    return changed, new_biases
+
+
+def _find_cuts(widths: Widths) -> dict[str, Cut]:
+    """Return what stays of every parameter and buffer that loses some."""
+    families = widths.facts.families.values()
+    grouped = {f.weight: f.groups for f in families if isinstance(f, Contraction) and f.groups > 1}
+    cuts: dict[str, Cut] = {}
+    for node, source in widths.facts.trace.sources.items():
+        if source.kind not in ("parameter", "buffer") or node not in widths.keep:
+            continue
+        shape, axes = tuple(source.value.shape), _cut_axes(widths.keep[node])
+        columns = widths.keep.get(Columns(node))
+        if columns is not None and not columns[0].all():
+            cuts[source.name] = Cut(shape, axes, grouped[node], _places(columns[0]))
+        elif axes:
+            cuts[source.name] = Cut(shape, axes)
+    return cuts
 
 
 def _constant(family: Contraction, weight: Tensor, x: Tensor, values: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,7 +63,9 @@ class Report:
         kept: Dead groups that stayed, with the reason.
         folded: Layers whose bias, or whose weights, took up the constants of removed channels.
         certificate: What was compared, and the largest differences.
-        frozen: What had to stay whole for the user's code to run; empty if nothing.
+        frozen: Modules in whose code sizes are written that had to stay whole.
+        rewritten: Modules whose forward was written anew as a graph.
+        inputs: Per input of which only some features are needed: per axis, their indices.
     """
 
     before: Size
@@ -74,7 +76,9 @@ class Report:
     kept: list[Kept]
     folded: list[str]
     certificate: Certificate
-    frozen: str = ""
+    frozen: list[str] = field(default_factory=list[str])
+    rewritten: list[str] = field(default_factory=list[str])
+    inputs: dict[str, dict[int, list[int]]] = field(default_factory=dict[str, dict[int, list[int]]])
 
     @property
     def speedup(self) -> float | None:
@@ -96,7 +100,11 @@ class Report:
         errors = ", ".join(f"{v:.1e} in {k}" for k, v in self.certificate.max_error.items())
         lines.append(f"verified on {len(self.certificate.probes)} inputs; largest relative difference {errors}")
         if self.frozen:
-            lines.append(f"kept whole for the code to run: {self.frozen}")
+            lines.append(f"kept whole for the code of {', '.join(p or 'the model' for p in self.frozen)} to run")
+        if self.rewritten:
+            lines.append(
+                f"forwards written anew as graphs: {', '.join(p or 'the whole model' for p in self.rewritten)}"
+            )
         return "\n".join(lines)
 
 
@@ -120,21 +128,21 @@ def _bytes(tensors: list[Any]) -> int:
 
 
 def latencies(
-    a: nn.Module, b: nn.Module, inputs: Inputs, seconds: float = 0.6
+    a: tuple[nn.Module, Inputs], b: tuple[nn.Module, Inputs], seconds: float = 0.6
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Measure one forward of two networks, run in turn for about ``seconds`` in all.
+    """Measure one forward of two networks, each on its inputs, run in turn for about ``seconds`` in all.
 
     Returns:
         For each network, median seconds by module with parameters of its own; ``""`` is the whole network, measured in
         runs of its own.
     """
     times: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
-    device = next((x.device for x in inputs.leaves() if isinstance(x, Tensor)), torch.device("cpu"))
-    with evaluating(a), evaluating(b), torch.no_grad():
+    device = next((x.device for x in a[1].leaves() if isinstance(x, Tensor)), torch.device("cpu"))
+    with evaluating(a[0]), evaluating(b[0]), torch.no_grad():
         start = time.perf_counter()
         rounds = 0
         while rounds < 5 or (time.perf_counter() - start < seconds and rounds < 200):
-            for model, record in zip((a, b), times, strict=True):
+            for (model, inputs), record in zip((a, b), times, strict=True):
                 if rounds % 4 == 1:
                     with _clocks(model, record, device):
                         model(*inputs.args, **inputs.kwargs)

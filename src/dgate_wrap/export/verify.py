@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ExportError
 from ..tracing import Inputs
 from ..tracing.capture import evaluating
+from .selection import Kept, reduced
 
 _SEED = 20250923
 
@@ -131,26 +132,27 @@ class Verifier:
         narrow = any(d.itemsize < 4 for d in dtypes)
         self._tolerance = max(5e-2 if narrow else 1e-5 if dtypes != {torch.float64} else 1e-10, 20 * rounding)
 
-    def check(self, small: nn.Module, exact: nn.Module) -> Certificate:
+    def check(self, small: nn.Module, exact: nn.Module, kept: Kept | None = None) -> Certificate:
         """Compare a smaller network with the reference.
 
         Args:
             small: The smaller network in the model's own precision.
             exact: The same in float64, with constants that were folded in float64.
+            kept: What it takes of the inputs, if that is less than the reference takes.
 
         Raises:
             ExportError: If it fails to run where the reference does, or differs by more than rounding.
         """
-        errors = {"own precision": self._compare(small, self._own, self._tolerance, "its own precision")}
+        errors = {"own precision": self._compare(small, self._own, self._tolerance, "its own precision", kept or {})}
         if self._double:
-            errors["float64"] = self._compare(exact, self._double, 1e-10, "float64")
+            errors["float64"] = self._compare(exact, self._double, 1e-10, "float64", kept or {})
         return Certificate(errors, [p.name for p in self._own])
 
-    def _compare(self, small: nn.Module, probes: list[_Probe], tolerance: float, precision: str) -> float:
+    def _compare(self, small: nn.Module, probes: list[_Probe], tolerance: float, precision: str, kept: Kept) -> float:
         worst = 0.0
         for probe in probes:
             try:
-                error = relative_error(probe.reference, run(small, probe.inputs))
+                error = relative_error(probe.reference, run(small, reduced(probe.inputs, small, kept)))
             except Exception as e:
                 first = next(iter(str(e).splitlines()), "no message")
                 raise _mismatch(f"it does not run on the {probe.name}: {type(e).__name__}: {first}") from e

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..tracing.capture import operation, where
+from ..tracing.capture import operation, owner, where
 from ..tracing.families import (
     Attention,
     Barrier,
@@ -74,6 +74,22 @@ class Fold:
     carrier: int | None
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """What has to stay whole for the user's code to run.
+
+    Args:
+        reshapes: Modules whose own code has sizes written in it: their reshapes and slices stay whole.
+        modules: Modules whose own code computes with sizes in other ways: all that it makes and reads stays whole.
+    """
+
+    reshapes: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.reshapes or self.modules)
+
+
 class Widths:
     """The kept indices of every axis, found as the least fixed point of what the operations demand.
 
@@ -82,7 +98,8 @@ class Widths:
         can_bias: Whether the bias of a contraction may be changed, or made.
         can_carry: Whether the weight of a contraction may be changed.
         can_regroup: Whether a contraction's number of groups may be changed.
-        follows: Whether a movement in the user's code follows smaller tensors, or has its sizes written down.
+        can_select: Whether an input of the model may be cut along an axis.
+        frozen: What has to stay whole for the user's code to run.
     """
 
     def __init__(
@@ -92,10 +109,13 @@ class Widths:
         can_bias: Callable[[Node], bool],
         can_carry: Callable[[Node], bool],
         can_regroup: Callable[[Node], bool],
-        follows: Callable[[Node], bool],
+        can_select: Callable[[Node, int], bool],
+        frozen: Frozen | None = None,
     ) -> None:
         self.facts = facts
-        self._can_bias, self._can_carry, self._can_regroup, self._follows = can_bias, can_carry, can_regroup, follows
+        self._can_bias, self._can_carry, self._can_regroup = can_bias, can_carry, can_regroup
+        self._can_select = can_select
+        self._frozen = frozen or Frozen()
         self.reasons: list[str] = ["the model's output depends on it"]
         self._ids: dict[str, int] = {self.reasons[0]: NEEDED}
         self.keep: dict[Hashable, list[Tensor]] = {}
@@ -127,21 +147,38 @@ class Widths:
             self.why[node] = [torch.full((n,), -1) for n in value.shape]
             source = self.facts.trace.sources.get(node)
             if source is not None and source.kind == "input":
-                self._keep_whole(node, self.reason("it is an input of the model"))
+                self._start_from(node)
+                for axis in range(value.dim()):
+                    if not self._can_select(node, axis):
+                        self._keep_axis(node, axis, self.reason("it is an input of the model"))
             elif (source is not None and source.kind == "constant") or node.op == "get_attr":
                 self._keep_whole(node, self.reason("it is a constant that the forward makes"))
             elif source is not None and not node.users:
                 self._keep_whole(node, self.reason("the traced forward does not use it"))
             elif self.facts.unknown[node].any():
-                needed = self.facts.needed(node)
-                for axis in range(needed.dim()):
-                    others = [a for a in range(needed.dim()) if a != axis]
-                    self._grow(node, axis, needed.any(others) if others else needed, NEEDED)
+                self._start_from(node)
         for node in self.facts.nodes:
+            if node.op == "call_function" and owner(node) in self._frozen.modules:
+                for n in (node, *(n for n in node.all_input_nodes if n in self.facts.varying)):
+                    self._keep_results(n, self._says(node, "the code computes with its size"))
             if node.op == "output":
                 for n in node.all_input_nodes:
-                    for out in self.facts.outputs(n):
-                        self._keep_whole(out, self.reason("it is an output of the model"))
+                    self._keep_results(n, self.reason("it is an output of the model"))
+
+    def _keep_results(self, node: Node, why: int) -> None:
+        for out in self.facts.outputs(node):
+            self._keep_whole(out, why)
+
+    def _follows(self, node: Node) -> bool:
+        """Tell whether the user's code follows smaller tensors in a movement, or has its sizes written down."""
+        return owner(node) not in self._frozen.reshapes
+
+    def _start_from(self, node: Node) -> None:
+        """Keep what is neither constant nor unread."""
+        needed = self.facts.needed(node)
+        for axis in range(needed.dim()):
+            others = [a for a in range(needed.dim()) if a != axis]
+            self._grow(node, axis, needed.any(others) if others else needed, NEEDED)
 
     def _settle(self) -> None:
         """Apply every operation's demand until none changes anything; only then see where constants have to go."""
@@ -575,8 +612,9 @@ class Widths:
                     self._keep_axis(key, axis, NEEDED)
             self._link(x, 0, node, 0)
         else:
-            for axis in range(family.x_axis):
-                self._link(x, axis, node, axis)
+            for axis in range(len(self.keep[x])):
+                if axis != family.x_axis:
+                    self._link(x, axis, node, axis)
         if bias is not None:
             self._link(bias, 0, node, family.out_axis)
         if x not in self.facts.varying:

@@ -13,7 +13,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -124,12 +124,14 @@ class Trace:
         sources: What each placeholder stands for.
         outputs: The nodes of the model's own output, without the buffers.
         notes: What holds for the example inputs only: where the model follows the values of tensors, one line each.
+        inputs: The inputs that it was traced on.
     """
 
     graph_module: GraphModule
     sources: dict[Node, Source]
     outputs: tuple[Node, ...] = ()
     notes: tuple[str, ...] = ()
+    inputs: Inputs = field(default_factory=lambda: Inputs((), {}))
 
     @property
     def nodes(self) -> list[Node]:
@@ -160,6 +162,18 @@ def operation(node: Node) -> str:
     """Return the name of a node's operation without its overload, such as ``aten.conv2d``."""
     packet = getattr(node.target, "overloadpacket", None)
     return str(packet) if packet is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def owners(node: Node) -> dict[str, str]:
+    """Return the modules in whose forward a node was made, the outermost first: their paths, by call."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    inside = {call: path for call, (path, _) in stack.items() if f"{path}.".startswith(PREFIX)}
+    return {call: path.removeprefix(PREFIX[:-1]).removeprefix(".") for call, path in inside.items()}
+
+
+def owner(node: Node) -> str | None:
+    """Return the path of the module whose own forward made a node, or ``None`` if that is not known."""
+    return next(reversed(owners(node).values()), None)
 
 
 def where(node: Node) -> str:
@@ -218,7 +232,7 @@ def capture(model: nn.Module, example_inputs: object, example_kwargs: Mapping[st
     with evaluating(model), _without_cache(model, inputs) as extra, torch.no_grad(), quiet():
         call = _Forward(model, extra)
         try:
-            trace, refused = _trace_of(model, inputs, _export(model, call, inputs)), None
+            trace, refused = trace_of(model, inputs, _export(model, call, inputs)), None
         except Exception as e:
             trace, refused = None, e
         if trace is None:
@@ -252,12 +266,40 @@ def _export(model: nn.Module, call: nn.Module, inputs: Inputs) -> torch.export.E
     return exported
 
 
+@contextlib.contextmanager
+def export_open(model: nn.Module, inputs: Inputs) -> Generator[tuple[torch.export.ExportedProgram, Inputs]]:
+    """Export with every size of the inputs left open that the model leaves open, inside the settings of a capture."""
+
+    def left_open(x: Any) -> Any:
+        return dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) if isinstance(x, Tensor) else None
+
+    given = (*inputs.args, *inputs.kwargs.values())
+    sizes = {"args": pytree.tree_map(left_open, given)}
+    with evaluating(model), _without_cache(model, inputs) as extra, torch.no_grad(), quiet():
+        call = _Positional(model, extra, list(inputs.kwargs))
+        with unchanged(model), same_random_numbers(model):
+            exported = torch.export.export(call, given, dynamic_shapes=sizes, strict=False)
+            yield exported.run_decompositions({}), inputs
+
+
+class _Positional(_Forward):
+    """A model that takes its keyword inputs as the last positional ones, whose sizes can be left open."""
+
+    def __init__(self, model: nn.Module, extra: dict[str, Any], names: list[str]) -> None:
+        super().__init__(model, extra)
+        self._names = names
+
+    def forward(self, *args: Any) -> list[Tensor]:
+        count = len(args) - len(self._names)
+        return super().forward(*args[:count], **dict(zip(self._names, args[count:], strict=True)))
+
+
 def _is_symbolic(value: Any) -> bool:
     sizes: list[Any] = list(value.shape) if isinstance(value, Tensor) else [value]
     return any(isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool) for n in sizes)
 
 
-def _trace_of(
+def trace_of(
     model: nn.Module, inputs: Inputs, exported: torch.export.ExportedProgram, notes: tuple[str, ...] = ()
 ) -> Trace:
     """Name every placeholder of an exported graph as the user does."""
@@ -288,7 +330,7 @@ def _trace_of(
     [results] = [n.args[0] for n in exported.graph.nodes if n.op == "output"]
     kinds = [s.kind for s in exported.graph_signature.output_specs]
     own = [n for n, kind in zip(results, kinds, strict=True) if kind == OutputKind.USER_OUTPUT]
-    return Trace(exported.graph_module, sources, tuple(own), notes)
+    return Trace(exported.graph_module, sources, tuple(own), notes, inputs)
 
 
 def _recorded(model: nn.Module, call: _Forward, inputs: Inputs, refused: Exception) -> Trace:
@@ -302,7 +344,7 @@ def _recorded(model: nn.Module, call: _Forward, inputs: Inputs, refused: Excepti
         _require_running(model, call, inputs)
         raise _untraceable(model, _innermost(failed) or _innermost(refused), _of(failed or refused)) from refused
     notes = (*recording.notes, *(f"{show(s)}: takes values out of torch; {FOLLOWED}" for s in recording.outside))
-    trace = _trace_of(model, inputs, exported, notes)
+    trace = trace_of(model, inputs, exported, notes)
     if not _repeats(trace, model, call, inputs, recording):
         if recording.outside:
             reason = "values leave torch here, and what becomes of them outside cannot be followed"

@@ -114,7 +114,8 @@ _ALIASES = {
 }  # fmt: skip
 
 
-def _name(node: Node) -> str:
+def op_name(node: Node) -> str:
+    """Return the short name of an operation, such as ``conv2d``, with its aliases resolved."""
     name = operation(node).removeprefix("aten.")
     return _ALIASES.get(name, name)
 
@@ -126,7 +127,7 @@ def describe(node: Node, varying: frozenset[Node]) -> Family:
         node: The node.
         varying: The nodes that depend on the model's inputs.
     """
-    name = _name(node)
+    name = op_name(node)
     if node.target is operator.getitem:
         return Pick(cast(Node, node.args[0]), cast(int, node.args[1]))
     if name in _TABLE:
@@ -155,7 +156,7 @@ def _movement(node: Node) -> Movement:
     def run(stand_ins: list[Tensor]) -> Any:
         by_node = dict(zip(inputs, stand_ins, strict=True))
         args, kwargs = cast("tuple[Any, Any]", torch.fx.map_arg((node.args, node.kwargs), by_node.__getitem__))
-        if _name(node) in ("constant_pad_nd", "pad"):  # pad with zero, which no stand-in is
+        if op_name(node) in ("constant_pad_nd", "pad"):  # pad with zero, which no stand-in is
             return F.pad(args[0], args[1], args[2] if isinstance(_argument(node, 2, "mode"), str) else "constant")
         return target(*args, **kwargs)
 
@@ -246,8 +247,10 @@ def _einsum(node: Node, varying: frozenset[Node]) -> Family | None:
     (a, b), (a_axes, b_axes) = operands, terms
     for x, w, x_axes, w_axes in ((a, b, a_axes, b_axes), (b, a, b_axes, a_axes)):
         summed, made = set(w_axes) & set(x_axes) - set(out), set(w_axes) - set(x_axes)
-        if w not in varying and len(w_axes) == 2 and len(summed) == len(made) == 1 and set(x_axes) - summed < set(out):
-            (k,), (n,) = summed, made
+        if w in varying or len(w_axes) != 2 or not len(summed) == len(made) == 1:
+            continue
+        (k,), (n,) = summed, made
+        if x_axes.replace(k, n) == out:
             return Contraction(
                 x, w, None, x_axes.index(k), w_axes.index(k), w_axes.index(n), out.index(n),
                 _einsum_of(f"{x_axes},{w_axes}->{out}"),
@@ -271,7 +274,7 @@ _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 def _recurrence(node: Node, varying: frozenset[Node]) -> Family | None:
-    name = _name(node)
+    name = op_name(node)
     if name.endswith("_cell"):
         x, state, *weights = cast("list[Any]", list(node.args))
         states = tuple(cast("list[Node]", state)) if isinstance(state, list | tuple) else (cast(Node, state),)
@@ -293,7 +296,7 @@ def _recurrence(node: Node, varying: frozenset[Node]) -> Family | None:
 
 def _index(node: Node, varying: frozenset[Node]) -> Family | None:
     """Rule for index, index_put, index_select, gather and the like."""
-    name, x = _name(node), cast(Node, node.args[0])
+    name, x = op_name(node), cast(Node, node.args[0])
     target, args = cast(Callable[..., Tensor], node.target), node.args
     written: Node | None = None
     if name in ("index", "index_put"):
@@ -339,7 +342,7 @@ def _masked_index(node: Node, x: Node, mask: Node) -> Family:
     """Positions picked by a boolean mask over leading axes."""
     axes = tuple(range(len(shape_of(mask))))
     target, args = cast(Callable[..., Tensor], node.target), node.args
-    written = cast(Node, args[2]) if _name(node) == "index_put" else None
+    written = cast(Node, args[2]) if op_name(node) == "index_put" else None
     parts = [n for n in (x, written) if n is not None]
 
     def run(stand_ins: list[Tensor], values: dict[Node, Tensor]) -> Tensor:
@@ -354,7 +357,7 @@ def _never(stand_ins: list[Tensor], values: dict[Node, Tensor]) -> Tensor:
 
 
 def _ranking(node: Node, varying: frozenset[Node]) -> Family | None:
-    x, name = cast(Node, node.args[0]), _name(node)
+    x, name = cast(Node, node.args[0]), op_name(node)
     position = {"topk": 2, "kthvalue": 2}.get(name, 1)
     if name in ("max", "min", "median") and not isinstance(_argument(node, 1, "dim"), int):
         if len(node.args) > 1:
@@ -398,7 +401,7 @@ def _complex(node: Node, varying: frozenset[Node]) -> Family | None:
     """A complex number has one identity: that of its two united parts."""
     x = cast(Node, node.args[0])
     ndim = len(shape_of(x))
-    if _name(node) == "view_as_complex":
+    if op_name(node) == "view_as_complex":
         return Mixing("pool", x, frozenset({ndim - 1}), (*range(ndim - 1), None))
     return Movement((x,), lambda s: s[0].unsqueeze(-1).expand(*s[0].shape, 2))
 
@@ -412,7 +415,7 @@ def _addmm(node: Node, varying: frozenset[Node]) -> Family | None:
 
 def _convolution(node: Node, varying: frozenset[Node]) -> Family | None:
     x, weight, bias = (_argument(node, i, n) for i, n in enumerate(("input", "weight", "bias")))
-    name = _name(node)
+    name = op_name(node)
     groups = cast(int, _argument(node, 8, "groups", 1))
     if name.startswith("conv_transpose"):
         transposed, groups = True, cast(int, _argument(node, 6, "groups", 1))
@@ -510,7 +513,7 @@ def _softmax(node: Node, varying: frozenset[Node]) -> Family | None:
 def _spatial(node: Node, x: Node, n: int) -> Mixing:
     """Pool or resize over the last axes; along an axis with a kernel of one, nothing mixes."""
     ndim = len(shape_of(x))
-    kernel = _argument(node, 1, "kernel_size") if _name(node).startswith(("max_pool", "avg_pool")) else None
+    kernel = _argument(node, 1, "kernel_size") if op_name(node).startswith(("max_pool", "avg_pool")) else None
     sizes = kernel if isinstance(kernel, list | tuple) and len(cast("list[int]", kernel)) == n else [2] * n
     mixed = frozenset(a for a, k in zip(range(ndim - n, ndim), cast("list[int]", sizes), strict=True) if k != 1)
     return Mixing("pool", x, mixed, tuple(range(ndim)))
@@ -525,7 +528,7 @@ def _reduction(node: Node, x: Node) -> Mixing:
     keepdim = len(shape_of(node)) == ndim
     place = iter(range(ndim))
     out_axis = tuple(next(place) if keepdim or a not in mixed else None for a in range(ndim))
-    return Mixing("reduction", x, mixed, out_axis, keeps_zero=_name(node) == "sum")
+    return Mixing("reduction", x, mixed, out_axis, keeps_zero=op_name(node) == "sum")
 
 
 def _dtype_only(node: Node) -> bool:
@@ -584,7 +587,7 @@ _TABLE: dict[str, Callable[[Node, frozenset[Node]], Family | None]] = {
 def is_random(node: Node) -> bool:
     """Tell whether a node draws random numbers; dropout does where it was traced in training."""
     tags = cast("list[torch.Tag]", getattr(node.target, "tags", []))
-    idle_dropout = _name(node).endswith("dropout") and not _argument(node, 2, "train", True)
+    idle_dropout = op_name(node).endswith("dropout") and not _argument(node, 2, "train", True)
     return torch.Tag.nondeterministic_seeded in tags and not idle_dropout
 
 

@@ -1,0 +1,140 @@
+"""Find the module whose own code fails, or differs, on the smaller tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from ..tracing import Inputs
+from ..tracing.capture import evaluating
+from .facts import Facts
+from .recipes import bind, plain_signature
+from .widths import Widths
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: its path, its arguments by name, and its result."""
+
+    path: str
+    arguments: dict[str, Any]
+    result: Any
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """A module that fails: its path, and how many calls had ended well before."""
+
+    path: str
+    done: int
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module, calls: list[Call], open_calls: list[str]) -> Generator[None]:
+    """Note every call of every module, in the order in which they end, and which ones are open."""
+    handles: list[Any] = []
+
+    def watch(path: str, module: nn.Module) -> None:
+        arguments: list[dict[str, Any]] = []
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            open_calls.append(path)
+            arguments.append(bind(signature, args, kwargs))
+
+        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            open_calls.pop()
+            calls.append(Call(path, arguments.pop(), result))
+
+        signature = plain_signature(module)
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+
+    for path, module in model.named_modules():
+        watch(path, module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def record_calls(model: nn.Module, inputs: Inputs) -> list[Call]:
+    """Run a model in eval mode and return every call of its modules."""
+    calls: list[Call] = []
+    with evaluating(model), torch.no_grad(), watching(model, calls, []):
+        model(*inputs.args, **inputs.kwargs)
+    return calls
+
+
+def find_culprit(
+    model: nn.Module, inputs: Inputs, facts: Facts, widths: Widths, expected: list[Call]
+) -> Culprit | None:
+    """Return the first module that fails or differs, the innermost one; ``None`` if none does."""
+    calls: list[Call] = []
+    open_calls: list[str] = []
+    try:
+        with evaluating(model), torch.no_grad(), watching(model, calls, open_calls):
+            model(*inputs.args, **inputs.kwargs)
+    except Exception:
+        return Culprit(_with_code(model, open_calls[-1] if open_calls else ""), len(calls))
+    by_value = _Values(facts, widths)
+    wanted: dict[str, list[Call]] = {}
+    for call in expected:
+        wanted.setdefault(call.path, []).append(call)
+    for done, call in enumerate(calls):
+        known = wanted.get(call.path)
+        if not known or not by_value.agree(known.pop(0).result, call.result):
+            return Culprit(_with_code(model, call.path), done)
+    return None
+
+
+def _with_code(model: nn.Module, path: str) -> str:
+    """Return the module whose own code called a stock layer, or the module itself."""
+    module = model.get_submodule(path)
+    stock = type(module).__module__.startswith("torch.nn") and not list(module.children())
+    return path.rpartition(".")[0] if path and stock else path
+
+
+class _Values:
+    """Tells what a tensor of the dense model should be in the smaller one."""
+
+    def __init__(self, facts: Facts, widths: Widths) -> None:
+        self.facts, self.widths = facts, widths
+        self._nodes: dict[tuple[Any, ...], list[Node]] = {}
+        for node, value in facts.values.items():
+            if isinstance(value, Tensor) and node in widths.keep:
+                self._nodes.setdefault((tuple(value.shape), value.dtype), []).append(node)
+
+    def agree(self, dense: Any, small: Any) -> bool:
+        """Tell whether a result of the smaller model is a result of the dense one, cut."""
+        a, b = ([x for x in pytree.tree_leaves(r) if isinstance(x, Tensor)] for r in (dense, small))
+        return len(a) == len(b) and all(self._agree(x, y) for x, y in zip(a, b, strict=True))
+
+    def _agree(self, x: Tensor, y: Tensor) -> bool:
+        nodes = [n for n in self._nodes.get((tuple(x.shape), x.dtype), []) if torch.equal(self.facts.values[n], x)]
+        if not nodes:
+            return True  # not in the graph: nothing to compare with
+        return any(self._same(self._cut(n), y) for n in nodes)
+
+    def _cut(self, node: Node) -> Tensor:
+        value = self.facts.values[node]
+        for axis, kept in enumerate(self.widths.keep[node]):
+            if not kept.all():
+                value = value.index_select(axis, kept.nonzero().flatten())
+        return value
+
+    @staticmethod
+    def _same(x: Tensor, y: Tensor) -> bool:
+        if x.shape != y.shape:
+            return False
+        if not x.is_floating_point():
+            return torch.equal(x, y)
+        scale = float(x.abs().max()) if x.numel() else 0.0
+        return bool(((x - y).abs() <= 1e-6 * scale + 1e-30).all())

@@ -1,0 +1,164 @@
+"""Find the modules whose code cannot follow the smaller tensors, and write their forwards anew."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from ..tracing.capture import owners
+from ..tracing.symbolic import Symbolic
+from .culprits import Call
+from .plan import Draft, Permissions, Plan
+from .recipes import Recipe, UndescribableError, describe_graph, describe_tree
+from .regraph import Part, Rewriter, UnwritableError
+from .widths import Widths
+
+_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+
+
+class Grafts:
+    """Writes the forwards of modules anew.
+
+    Args:
+        model: The model that was analysed.
+        symbolic: Its graph with open sizes.
+        widths: What is kept.
+        plan: What is cut.
+        permissions: What may be changed.
+        calls: Every call of its modules on the inputs of the trace.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        symbolic: Symbolic,
+        widths: Widths,
+        plan: Plan,
+        permissions: Permissions,
+        calls: list[Call],
+    ) -> None:
+        self.model, self.symbolic, self.calls = model, symbolic, calls
+        self.facts, self._widths = widths.facts, widths
+        self._modules = dict(model.named_modules())
+        layers = {n: m for n, m in self._modules.items() if isinstance(m, _LAYERS)}
+        self._rewriter = Rewriter(symbolic, widths, plan, permissions.bias_owner, layers)
+        self._first = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
+        self._new_biases = plan.new_biases
+
+    def onto(self, draft: Draft, path: str) -> Draft | None:
+        """Write the forward of a module anew, or else of the next one around it; ``None`` if none can be.
+
+        Modules of the same class that something is cut of are written anew with it.
+        """
+        step: str | None = path
+        while step is not None:
+            if step not in draft.plan.recipes:
+                with contextlib.suppress(UnwritableError):
+                    draft = draft.grafted(step, *self.write(step))
+                    break
+            step = step.rpartition(".")[0] if step else None
+        if step is None:
+            return None
+        for other, module in self._modules.items():
+            alike = type(module) is type(self._modules[step]) and other != step
+            if alike and any(not self._whole(n) for span in self._spans(other) for n in span):
+                with contextlib.suppress(UnwritableError):
+                    draft = draft.grafted(other, *self.write(other))
+        return draft
+
+    def _whole(self, node: Node) -> bool:
+        """Tell whether nothing of a node is cut."""
+        twin = self.symbolic.twins.get(node)
+        return twin is None or all(self._widths.full(o) for o in self.facts.outputs(twin) if o in self._widths.keep)
+
+    def write(self, path: str) -> tuple[Recipe, dict[str, Tensor]]:
+        """Write the forward of a module anew.
+
+        Returns:
+            The recipe, and its constants.
+
+        Raises:
+            UnwritableError: If it cannot be written.
+        """
+        found = [c for c in self.calls if c.path == path]
+        spans = self._spans(path)
+        if not found or len(found) != len(spans):
+            raise UnwritableError(f"{path or 'the model'} is called {len(found)} times, and traced {len(spans)} times")
+        try:
+            written = [self._write(path, call, nodes) for call, nodes in zip(found, spans, strict=True)]
+        except UndescribableError as e:
+            raise UnwritableError(f"{path or 'the model'} takes or returns {e}") from e
+        recipe, constants = written[0]
+        if any(other != recipe for other, _ in written[1:]) or (constants and len(written) > 1):
+            raise UnwritableError(f"{path or 'the model'} is called several times, and not in the same way")
+        return recipe, constants
+
+    def _spans(self, path: str) -> list[list[Node]]:
+        """Return the nodes of every call of a module."""
+        spans: dict[str, list[Node]] = {}
+        for node in self.symbolic.graph.nodes:
+            for call, owner in owners(node).items():
+                if owner == path and node.meta.get("val") is not None:
+                    spans.setdefault(call, []).append(node)
+        return list(spans.values())
+
+    def _write(self, path: str, call: Call, nodes: list[Node]) -> tuple[Recipe, dict[str, Tensor]]:
+        inside = set(nodes)
+        given: list[Tensor] = []
+        takes = {"dict": {n: describe_tree(v, given) for n, v in call.arguments.items()}}
+        returned: list[Tensor] = []
+        gives = describe_tree(call.result, returned)
+        read = {n for node in nodes for n in node.all_input_nodes if n not in inside}
+        inputs = [self._given(x, read) for x in given]
+        known = [n for same in inputs for n in same]
+        outputs = [self._returned(path, x, [*reversed(nodes), *known]) for x in returned]
+        part: Part = self._rewriter.write(nodes, inputs, outputs, self._names(path))
+        shapes = {n: list(t.shape) for n, t in part.constants.items()}
+        return Recipe(describe_graph(part.graph), takes, gives, shapes, self._drops(path, part)), part.constants
+
+    def _drops(self, path: str, part: Part) -> list[str]:
+        """Return the tensors of a module that its code reads and its new forward does not."""
+        module = self._modules[path]
+        used = {n.target for n in part.graph.nodes if n.op == "get_attr"}
+        called = {str(n.target) for n in part.graph.nodes if n.op == "call_module"}
+        read = {s.name for n, s in self.facts.trace.sources.items() if n.users and s.kind in ("parameter", "buffer")}
+        own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        return [
+            n for n, t in own if self._first[id(t)] in read and n not in used and n.rpartition(".")[0] not in called
+        ]
+
+    def _given(self, x: Tensor, read: set[Node]) -> list[Node]:
+        """Return the nodes that a module reads from outside and that have the value of an argument."""
+        same = [n for n in self.symbolic.twins if (self._has(n, x) and n.op != "placeholder") or self._is_input(n, x)]
+        return [n for n in same if n in read] or same[:1]
+
+    def _is_input(self, node: Node, x: Tensor) -> bool:
+        source = self.facts.trace.sources.get(self.symbolic.twins[node])
+        return source is not None and source.kind == "input" and self._has(node, x)
+
+    def _returned(self, path: str, x: Tensor, candidates: list[Node]) -> Node:
+        for n in candidates:
+            if n in self.symbolic.twins and self._has(n, x):
+                return n
+        raise UnwritableError(f"{path or 'the model'} returns a tensor that it does not compute")
+
+    def _has(self, node: Node, x: Tensor) -> bool:
+        value = self.facts.values.get(self.symbolic.twins[node])
+        if not isinstance(value, Tensor) or value.shape != x.shape or value.dtype != x.dtype:
+            return False
+        return torch.equal(value, x)
+
+    def _names(self, path: str) -> dict[str, str]:
+        """Return the names of tensors and layers of the whole model as a module sees them."""
+        module = self._modules[path]
+        own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        names = {self._first[id(t)]: n for n, t in reversed(own)}
+        prefix = f"{path}." if path else ""
+        names |= {prefix + n: n for n, _ in module.named_modules() if n}
+        for owner in self._new_biases:
+            if owner.startswith(prefix):
+                names[f"{owner}.bias"] = f"{owner.removeprefix(prefix)}.bias"
+        return names

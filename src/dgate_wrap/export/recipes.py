@@ -1,0 +1,309 @@
+"""Graphs as plain data, and modules that run them in place of a forward that cannot follow smaller tensors.
+
+A recipe is JSON: steps name operations of ``torch.ops.aten`` and the like, never code. So a saved network loads without
+running anything that a file brings along.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from ..errors import ExportError, FileFormatError
+
+_OPERATORS = {
+    f.__name__: f
+    for f in (
+        operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod,
+        operator.neg, operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
+        operator.and_, operator.or_,
+    )
+}  # fmt: skip
+_SYMBOLIC = {
+    f.__name__: f
+    for f in (
+        torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_float, torch.sym_int, torch.sym_ite, torch.sym_sum,
+    )
+}  # fmt: skip
+_PROPERTIES = ("device", "dtype")
+_FORBIDDEN = frozenset({"from_file", "_assert_async"})
+
+
+class UndescribableError(Exception):
+    """A value that a recipe cannot hold; the message says which."""
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+def describe_tree(value: Any, tensors: list[Tensor]) -> Any:
+    """Return a value as plain data, with tensors replaced by their numbers, and append the tensors.
+
+    Raises:
+        UndescribableError: If it holds anything but tensors, numbers, strings, lists, tuples and dicts.
+    """
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return {"tensor": len(tensors) - 1}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [describe_tree(v, tensors) for v in value]}
+    if type(value) is dict and all(isinstance(k, str) for k in cast("dict[Any, Any]", value)):
+        return {"dict": {k: describe_tree(v, tensors) for k, v in cast("dict[str, Any]", value).items()}}
+    raise UndescribableError(f"a {type(value).__name__}")
+
+
+def match_tree(tree: Any, value: Any, found: dict[int, Tensor]) -> bool:
+    """Find the tensors of a value that has the form of a tree; tell whether it has."""
+    if not isinstance(tree, dict):
+        return bool(type(value) is type(tree) and value == tree)
+    [(kind, inner)] = cast("dict[str, Any]", tree).items()
+    if kind == "tensor":
+        found[inner] = value
+        return isinstance(value, Tensor)
+    if kind == "dict":
+        return (
+            isinstance(value, dict)
+            and set(cast("dict[str, Any]", value)) == set(inner)
+            and all(match_tree(t, cast("dict[str, Any]", value)[k], found) for k, t in inner.items())
+        )
+    same = isinstance(value, list if kind == "list" else tuple) and len(cast("list[Any]", value)) == len(inner)
+    return same and all(match_tree(t, v, found) for t, v in zip(inner, cast("list[Any]", value), strict=True))
+
+
+def build_tree(tree: Any, tensors: Any) -> Any:
+    """Put tensors into the form of a tree."""
+    if not isinstance(tree, dict):
+        return tree
+    [(kind, inner)] = cast("dict[str, Any]", tree).items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dict":
+        return {k: build_tree(t, tensors) for k, t in inner.items()}
+    made = [build_tree(t, tensors) for t in inner]
+    return made if kind == "list" else tuple(made)
+
+
+# ---- graphs ---------------------------------------------------------------------------------------------------------
+
+
+def describe_graph(graph: Graph) -> list[list[Any]]:
+    """Return a graph as steps ``[name, op, target, args, kwargs]``."""
+    return [[n.name, n.op, _name_of(n), _describe(n.args), _describe(dict(n.kwargs))] for n in graph.nodes]
+
+
+def build_graph(steps: list[list[Any]]) -> Graph:
+    """Return the graph of steps.
+
+    Raises:
+        FileFormatError: If a step names an operation that no recipe holds.
+    """
+    graph, made = Graph(), dict[str, Node]()
+    for name, op, target, args, kwargs in steps:
+        function = _function(target) if op == "call_function" else target
+        made[name] = graph.create_node(op, function, _build(args, made), _build(kwargs, made), name)
+    return graph
+
+
+def _name_of(node: Node) -> str:
+    if node.op != "call_function":
+        return str(node.target)
+    target = cast(Any, node.target)
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}::{target._schema.name.split('::')[1]}.{target._overloadname}"
+    if target is getattr:
+        return "property"
+    for group, functions in (("operator", _OPERATORS), ("torch", _SYMBOLIC)):
+        if functions.get(target.__name__) is target:
+            return f"{group}:{target.__name__}"
+    raise UndescribableError(f"the function {target}")
+
+
+def _function(name: str) -> Any:
+    group, _, short = name.partition(":")
+    if name == "property":
+        return _property
+    if group == "operator" and short in _OPERATORS:
+        return _OPERATORS[short]
+    if group == "torch" and short in _SYMBOLIC:
+        return _SYMBOLIC[short]
+    namespace, _, rest = name.partition("::")
+    packet, _, overload = rest.partition(".")
+    if rest and packet not in _FORBIDDEN and hasattr(getattr(torch.ops, namespace), packet):
+        found = getattr(getattr(getattr(torch.ops, namespace), packet), overload, None)
+        if isinstance(found, torch._ops.OpOverload):
+            return found
+    raise FileFormatError(
+        f"the plan names the operation {name!r}, which this torch {torch.__version__} does not have.",
+        expected="operations of torch",
+        mend="load with the torch version that saved it",
+    )
+
+
+def _property(value: Any, name: str) -> Any:
+    """Return the device or dtype of a tensor."""
+    return value.device if name == "device" else value.dtype
+
+
+def _describe(value: Any) -> Any:
+    if isinstance(value, Node):
+        return {"node": value.name}
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        return value if value - value == 0 else {"float": str(value)}
+    for kind in (torch.dtype, torch.layout, torch.memory_format):
+        if isinstance(value, kind):
+            return {"torch": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if isinstance(value, tuple | list):
+        return {"tuple" if isinstance(value, tuple) else "list": [_describe(v) for v in cast("list[Any]", value)]}
+    if isinstance(value, dict):
+        return {"dict": {k: _describe(v) for k, v in cast("dict[str, Any]", value).items()}}
+    raise UndescribableError(f"a {type(value).__name__}")
+
+
+def _build(value: Any, made: dict[str, Node]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    [(kind, inner)] = cast("dict[str, Any]", value).items()
+    if kind == "node":
+        return made[inner]
+    if kind == "torch":
+        found = getattr(torch, inner, None)
+        if isinstance(found, torch.dtype | torch.layout | torch.memory_format):
+            return found
+        raise FileFormatError(f"the plan names torch.{inner}.", expected="a dtype or layout", mend="save again")
+    if kind == "float":
+        return float(inner)
+    if kind == "device":
+        return torch.device(inner)
+    if kind == "dict":
+        return {k: _build(v, made) for k, v in inner.items()}
+    parts = [_build(v, made) for v in inner]
+    return parts if kind == "list" else tuple(parts)
+
+
+# ---- modules --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a rewritten forward does, as plain data.
+
+    Args:
+        steps: Its graph.
+        takes: The arguments of the forward by name, as a tree of tensors and values.
+        gives: Its result, as a tree of tensors and values.
+        constants: Shapes of the tensors that are constants by now, which the module holds as buffers.
+        drops: Parameters and buffers that it does not read any more.
+    """
+
+    steps: list[list[Any]]
+    takes: Any
+    gives: Any
+    constants: dict[str, list[int]]
+    drops: list[str]
+
+
+class Rewritten(nn.Module):
+    """A module of the user's whose forward is a graph, since its own code cannot follow the smaller tensors.
+
+    It has the parameters, buffers, submodules and attributes of the module that it stands for, under their names. Its
+    forward takes the same arguments; those that are no tensors must be what they were when it was exported.
+
+    Args:
+        original: The module that it stands for.
+        recipe: What it does.
+        constants: The constants of the recipe.
+    """
+
+    stands_for: str
+    recipe: Recipe
+    _signature: list[tuple[str, int, Any]]
+
+    def __init__(self, original: nn.Module, recipe: Recipe, constants: dict[str, Tensor]) -> None:
+        super().__init__()
+        own = {k: v for k, v in original.__dict__.items() if k != "forward"}
+        self.__dict__.update(own)
+        for store in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[store] = type(own[store])(own[store])
+        self.__dict__["stands_for"] = type(original).__name__
+        self.__dict__["recipe"] = recipe
+        self.__dict__["_signature"] = plain_signature(original)
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
+        for name in recipe.drops:
+            owner, _, leaf = name.rpartition(".")
+            holder = self.get_submodule(owner)
+            holder._parameters.pop(leaf, None)
+            holder._buffers.pop(leaf, None)
+
+    def extra_repr(self) -> str:
+        """Show which class it stands for in ``print(model)``."""
+        return f"stands for {self.stands_for}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_compiled"}
+
+    def _run(self) -> Callable[..., Any]:
+        if "_compiled" not in self.__dict__:
+            code = build_graph(self.recipe.steps).python_code("self")
+            scope: dict[str, Any] = dict(code.globals)
+            exec(compile(code.src, f"<{self.stands_for}, rewritten>", "exec"), scope)  # noqa: S102  # of known operations
+            self.__dict__["_compiled"] = scope["forward"]
+        return cast("Callable[..., Any]", self.__dict__["_compiled"])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Take what the original takes and return what it returns."""
+        arguments = bind(self._signature, args, kwargs)
+        found: dict[int, Tensor] = {}
+        for name, tree in self.recipe.takes["dict"].items():
+            if not match_tree(tree, arguments.get(name), found):
+                raise ExportError(
+                    f"the rewritten {self.stands_for} got {name}={_short(arguments.get(name))}.",
+                    expected=f"{name} of the form it had when it was exported: {_short(tree)}",
+                    mend="export with example inputs of this form, or dg.export(..., rewrite=False) to keep its code",
+                )
+        results = self._run()(self, *(found[i] for i in range(len(found))))
+        return build_tree(self.recipe.gives, results)
+
+
+def plain_signature(module: nn.Module) -> list[tuple[str, int, Any]]:
+    """Return name, kind and default of every parameter of a module's forward."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [(p.name, int(p.kind), None if p.default is p.empty else p.default) for p in parameters]
+
+
+def bind(signature: list[tuple[str, int, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments by the names that a forward gives them."""
+    given, rest = list(args), dict(kwargs)
+    found: dict[str, Any] = {}
+    for name, kind, default in signature:
+        if kind == inspect.Parameter.VAR_POSITIONAL:
+            found[name], given = tuple(given), []
+        elif kind == inspect.Parameter.VAR_KEYWORD:
+            found[name], rest = rest, {}
+        elif given and kind != inspect.Parameter.KEYWORD_ONLY:
+            found[name] = given.pop(0)
+        else:
+            found[name] = rest.pop(name, default)
+    if given or rest:
+        raise TypeError(f"unexpected arguments: {len(given)} positional, {sorted(rest)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + "..."

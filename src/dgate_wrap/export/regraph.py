@@ -1,0 +1,477 @@
+"""Write a part of a graph anew for smaller tensors: every size that is written in it becomes what is kept of its axis.
+
+The part comes from the graph with open sizes, so that batch sizes and sequence lengths stay open; which indices of an
+axis are kept comes from its twin with the sizes of the example. What is constant by now is not computed any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from ..tracing.capture import owner, where
+from ..tracing.families import Contraction, Mixing, Pointwise
+from ..tracing.operations import op_name, shape_of
+from ..tracing.symbolic import Symbolic, is_open
+from .constants import rounding
+from .plan import Plan
+from .widths import Widths
+
+
+class UnwritableError(Exception):
+    """A step cannot be written for the smaller tensors; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a graph, written anew.
+
+    Args:
+        graph: Placeholders are the part's inputs, in order; parameters and buffers are attributes by their names.
+        constants: Tensors that are attributes of their own.
+    """
+
+    graph: Graph
+    constants: dict[str, Tensor]
+
+
+class Rewriter:
+    """Writes parts of one graph.
+
+    Args:
+        symbolic: The graph with open sizes, and its twin.
+        widths: What is kept of every axis of the twin.
+        plan: What is cut, regrouped and given biases.
+        bias_owners: Per contraction without a bias, the layer that is given one.
+        layers: Dropout and batch-norm layers by name, which stay themselves, so that training finds them.
+    """
+
+    def __init__(
+        self,
+        symbolic: Symbolic,
+        widths: Widths,
+        plan: Plan,
+        bias_owner: Callable[[Node], str | None],
+        layers: Mapping[str, nn.Module],
+    ) -> None:
+        self.symbolic, self.widths, self.plan = symbolic, widths, plan
+        self.facts = widths.facts
+        self._bias_owner, self._layers = bias_owner, layers
+
+    def write(self, nodes: list[Node], inputs: list[list[Node]], outputs: list[Node], names: Mapping[str, str]) -> Part:
+        """Write a part.
+
+        Args:
+            nodes: Its nodes in order, of the graph with open sizes.
+            inputs: For each value that it is given, the nodes that have it.
+            outputs: Nodes whose values it returns.
+            names: Per parameter or buffer, its name as seen from the part's module.
+
+        Raises:
+            UnwritableError: If a step cannot be written for the smaller tensors.
+        """
+        return _Writing(self, nodes, inputs, outputs, names).part()
+
+    def twin(self, node: Node) -> Node:
+        """Return the node of the example's graph."""
+        return self.symbolic.twins[node]
+
+    def kept(self, node: Node, axis: int) -> Tensor:
+        """Mark the indices along an axis that are kept."""
+        return self.widths.keep[self.twin(node)][axis]
+
+
+class _Writing:
+    """The writing of one part."""
+
+    def __init__(
+        self,
+        rewriter: Rewriter,
+        nodes: list[Node],
+        inputs: list[list[Node]],
+        outputs: list[Node],
+        names: Mapping[str, str],
+    ) -> None:
+        self.r, self.nodes, self.inputs, self.outputs, self.names = rewriter, set(nodes), inputs, outputs, names
+        self.facts = rewriter.facts
+        self.graph = Graph()
+        self.made: dict[Node, Any] = {}
+        self.constants: dict[str, Tensor] = {}
+        self.order = [n for n in nodes if n.op == "call_function"]
+
+    def part(self) -> Part:
+        for i, same in enumerate(self.inputs):
+            given = self.graph.placeholder(f"x{i}")
+            self.made.update(dict.fromkeys(same, given))
+        for node in self._wanted():
+            self.made[node] = self._write(node)
+        self.graph.output(tuple(self._get(n) for n in self.outputs))
+        self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+        self.graph.lint()
+        return Part(self.graph, self.constants)
+
+    def _wanted(self) -> list[Node]:
+        """Return the nodes that the outputs are computed from, without what is constant by now."""
+        wanted, front = set[Node](), [n for n in self.outputs if n not in self.made]
+        while front:
+            node = front.pop()
+            if node in wanted or node in self.made or node not in self.nodes:
+                continue
+            wanted.add(node)
+            front.extend(self._reads(node))
+        return [n for n in self.order if n in wanted]
+
+    def _reads(self, node: Node) -> list[Node]:
+        if self._constant(node) is not None:
+            return []
+        passed = self._passed(node)
+        return [passed] if passed is not None else list(node.all_input_nodes)
+
+    # values that are known by now
+
+    def _constant(self, node: Node) -> Tensor | None:
+        """Return the value of a node that does not depend on the inputs any more, with size 1 along open axes."""
+        twin = self.r.symbolic.twins.get(node)
+        if twin is None or twin not in self.facts.varying or not isinstance(self.facts.values.get(twin), Tensor):
+            return None
+        if bool(self.facts.unknown[twin].any()):
+            return None
+        value = self.facts.values[twin]
+        shape = node.meta["val"].shape
+        for axis, size in enumerate(shape):
+            if is_open(size):
+                same = value.narrow(axis, 0, 1)
+                spread = (value - same).abs().max() if value.is_floating_point() else (value != same).any()
+                if float(spread) > rounding(value) * float(value.abs().max()):
+                    return None
+                value = same
+            else:
+                value = value.index_select(axis, self.r.kept(node, axis).nonzero().flatten())
+        return value
+
+    def _passed(self, node: Node) -> Node | None:
+        """Return the operand that a sum with zeros passes on."""
+        twin = self.r.symbolic.twins.get(node)
+        family = self.facts.families.get(twin) if twin is not None else None
+        if (
+            not isinstance(family, Pointwise)
+            or op_name(node) not in ("add", "sub")
+            or node.kwargs
+            or len(node.args) != 2
+        ):
+            return None
+        a, b = cast("tuple[Any, Any]", node.args)
+        for x, other in ((a, b), (b, a)) if op_name(node) == "add" else ((a, b),):
+            if not (isinstance(x, Node) and isinstance(other, Node)) or other not in self.r.symbolic.twins:
+                continue
+            zero = self.r.twin(other)
+            if zero in self.facts.varying and isinstance(self.facts.values[zero], Tensor):
+                nothing = bool(self.facts.zero(zero).all())
+                if nothing and _alike(x.meta["val"], node.meta["val"]):
+                    return x
+        return None
+
+    def _emit_constant(self, node: Node, value: Tensor) -> Any:
+        shape = node.meta["val"].shape
+        held = self.graph.get_attr(self._hold(value))
+        if not any(map(is_open, shape)):
+            return held
+        sizes = [self._number(n) if is_open(n) else value.shape[a] for a, n in enumerate(shape)]
+        return self.graph.call_function(torch.ops.aten.expand.default, (held, sizes))
+
+    def _hold(self, value: Tensor) -> str:
+        """Hold a tensor as a constant, and return its name."""
+        name = f"_constant{len(self.constants)}"
+        self.constants[name] = value.clone()
+        return name
+
+    # operands
+
+    def _get(self, node: Node) -> Any:
+        if node in self.made:
+            return self.made[node]
+        if node.op == "placeholder":
+            source = self.facts.trace.sources[self.r.twin(node)]
+            if source.kind == "constant":
+                name = self._hold(source.value)
+            elif source.name in self.names:
+                name = self.names[source.name]
+            else:
+                raise UnwritableError(f"it reads {source.name}, which is not its own")
+            self.made[node] = self.graph.get_attr(name)
+            return self.made[node]
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            self.made[node] = self._number(value)
+            return self.made[node]
+        constant = self._constant(node)
+        if constant is not None:
+            self.made[node] = self._emit_constant(node, constant)
+            return self.made[node]
+        raise UnwritableError(f"it reads {node.name} of {where(node)}, which it is not given")
+
+    def _number(self, value: Any) -> Any:
+        """Return a node for a size that is open."""
+        if not is_open(value):
+            return int(value)
+        expression = value.node.expr
+        for tensor in self.made:
+            held = tensor.meta.get("val")
+            if isinstance(held, Tensor) and isinstance(self.made.get(tensor), Node):
+                for axis, n in enumerate(cast("list[Any]", list(held.shape))):
+                    if is_open(n) and n.node.expr == expression:
+                        size = torch.ops.aten.sym_size.int
+                        return self.graph.call_function(size, (self.made[tensor], axis))
+        return self._computed(value)
+
+    def _computed(self, value: Any) -> Any:
+        """Return a node for a size that is computed from others, as the graph computes it."""
+        for node in self.r.symbolic.graph.nodes:
+            held = node.meta.get("val")
+            if node.op == "call_function" and isinstance(held, torch.SymInt) and held.node.expr == value.node.expr:
+                args = [self._number(a.meta["val"]) if isinstance(a, Node) else a for a in node.args]
+                if op_name(node) != "sym_size":
+                    return self.graph.call_function(node.target, tuple(args), dict(node.kwargs))
+        raise UnwritableError(f"the size {value} cannot be told from its inputs")
+
+    # one node
+
+    def _write(self, node: Node) -> Any:
+        constant = self._constant(node)
+        if constant is not None:
+            return self._emit_constant(node, constant)
+        passed = self._passed(node)
+        if passed is not None:
+            return self._get(passed)
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self._get)
+        args = [self._here(a) for a in cast("tuple[Any, ...]", args)]
+        kwargs = {k: self._here(v) for k, v in cast("dict[str, Any]", kwargs).items()}
+        if node not in self.r.symbolic.twins:
+            return self.graph.call_function(cast(Any, node.target), tuple(args), kwargs)
+        kept = self._layer(node, args)
+        if kept is not None:
+            return kept
+        rule = _RULES.get(op_name(node))
+        made = rule(self, node, args, kwargs) if rule is not None else None
+        if made is None:
+            made = self.graph.call_function(cast(Any, node.target), tuple(args), kwargs)
+        return self._with_bias(node, made, args)
+
+    def _here(self, value: Any) -> Any:
+        """Write a device, and the precision of the analysis, as those of what the part is given."""
+        double = value == torch.float64 and isinstance(value, torch.dtype)
+        if not double and not isinstance(value, torch.device):
+            return value
+        for tensor, made in self.made.items():
+            held = tensor.meta.get("val")
+            if isinstance(held, Tensor) and isinstance(made, Node) and (not double or held.dtype == torch.float64):
+                return self.graph.call_function(getattr, (made, "dtype" if double else "device"))
+        return value
+
+    def _layer(self, node: Node, args: list[Any]) -> Any:
+        """Call the dropout or batch-norm layer that made a node, so that it trains as before."""
+        path = owner(node) or ""
+        layer = self.r._layers.get(path)
+        if layer is None or path not in self.names:
+            return None
+        if isinstance(layer, nn.modules.dropout._DropoutNd):
+            return self.graph.call_module(self.names[path], (args[0],))
+        if "batch_norm" in op_name(node):
+            out = self.graph.call_module(self.names[path], (args[0],))
+            return out if isinstance(node.meta["val"], Tensor) else (out,)
+        return None
+
+    def _with_bias(self, node: Node, made: Any, args: list[Any]) -> Any:
+        twin = self.r.twin(node)
+        family = self.facts.families.get(twin)
+        fold = self.r.widths.folds.get(twin)
+        if not isinstance(family, Contraction) or family.bias is not None or fold is None or fold.carrier is not None:
+            return made
+        path = self.r._bias_owner(twin)
+        name = f"{path}.bias" if path else "bias"
+        held = self.graph.get_attr(self.names[name])
+        if op_name(node) == "linear" or op_name(node).startswith("conv"):
+            made.args = (*made.args[:2], held, *made.args[3:])
+            return made
+        shape = [1] * len(shape_of(twin))
+        shape[family.out_axis] = -1
+        shaped = self.graph.call_function(torch.ops.aten.view.default, (held, shape[family.out_axis :]))
+        return self.graph.call_function(torch.ops.aten.add.Tensor, (made, shaped))
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.dtype == b.dtype
+        and len(a.shape) == len(b.shape)
+        and all(str(m) == str(n) for m, n in zip(a.shape, b.shape, strict=True))
+    )
+
+
+# ---- rules: operations that have sizes written in them ------------------------------------------------------------
+
+
+def _sizes(w: _Writing, node: Node, sizes: list[Any], start: int = 0) -> list[Any]:
+    """Return sizes with every number replaced by what is kept of its axis."""
+    kept = [w.r.kept(node, start + axis) for axis in range(len(sizes))]
+    return [
+        n if n == -1 or (isinstance(n, Node) and k.all()) else int(k.sum()) for n, k in zip(sizes, kept, strict=True)
+    ]
+
+
+def _view(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    return w.graph.call_function(torch.ops.aten.reshape.default, (args[0], _sizes(w, node, args[1])))
+
+
+def _sized(position: int) -> Any:
+    def rule(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        args[position] = _sizes(w, node, args[position])
+
+    return rule
+
+
+def _unflatten(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    args[2] = _sizes(w, node, args[2], args[1] % len(node.args[0].meta["val"].shape))  # type: ignore[union-attr]
+
+
+def _axis(node: Node, position: int = 2) -> tuple[Node, int]:
+    x = cast(Node, node.args[0])
+    axis = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+    return x, cast(int, axis) % len(x.meta["val"].shape)
+
+
+def _split(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    x, axis = _axis(node)
+    kept = w.r.kept(x, axis)
+    if kept.all():
+        return None
+    written = node.args[1]
+    if op_name(node) == "chunk":
+        written = -(-len(kept) // cast(int, written))
+    parts = kept.split(cast(Any, written))
+    counts = [int(part.sum()) for part in parts]
+    return w.graph.call_function(torch.ops.aten.split_with_sizes.default, (args[0], counts, axis))
+
+
+def _pick(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    source = cast(Node, node.args[0])
+    if isinstance(args[0], tuple):
+        return args[0][cast(int, args[1])]
+    if op_name(source) == "unbind":
+        x, axis = _axis(source, 1)
+        args[1] = int(w.r.kept(x, axis)[: cast(int, args[1])].sum())
+    return None
+
+
+def _slice(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    x, axis = _axis(node, 1)
+    kept = w.r.kept(x, axis)
+    if kept.all() and w.r.kept(node, axis).all():
+        return None
+    given = [node.args[i] if len(node.args) > i else default for i, default in ((2, None), (3, None), (4, 1))]
+    if any(isinstance(g, Node) for g in given):
+        raise UnwritableError(f"a slice of open size meets a cut ({where(node)})")
+    start, end, step = given
+    return _take(w, args[0], axis, kept, torch.arange(len(kept))[slice(start, end)][:: cast(int, step)])
+
+
+def _take(w: _Writing, x: Any, axis: int, kept: Tensor, indices: Tensor) -> Any:
+    """Pick indices of the whole axis from a cut one: as a slice if they lie side by side."""
+    places = kept.cumsum(0) - 1
+    picked = places[indices[kept[indices]]]
+    if len(picked) and bool((picked == torch.arange(int(picked[0]), int(picked[0]) + len(picked))).all()):
+        start = int(picked[0])
+        return w.graph.call_function(torch.ops.aten.slice.Tensor, (x, axis, start, start + len(picked)))
+    return w.graph.call_function(torch.ops.aten.index_select.default, (x, axis, w.graph.get_attr(w._hold(picked))))
+
+
+def _select(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    x, axis = _axis(node, 1)
+    kept = w.r.kept(x, axis)
+    if not kept.all():
+        index = cast(int, node.args[2]) % len(kept)
+        args[2] = int(kept[:index].sum())
+
+
+def _roll(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    x = cast(Node, node.args[0])
+    ndim = len(x.meta["val"].shape)
+    shifts = cast("list[int]", node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]])
+    axes = cast("list[int]", (node.args[2] if len(node.args) > 2 else []) or [])
+    made = args[0]
+    for shift, axis in zip(shifts, [a % ndim for a in axes], strict=False):
+        kept = w.r.kept(x, axis)
+        if kept.all():
+            made = w.graph.call_function(torch.ops.aten.roll.default, (made, [shift], [axis]))
+        else:
+            made = _take(w, made, axis, kept, torch.arange(len(kept)).roll(shift))
+    return made if axes else None
+
+
+def _pad(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    x = cast(Node, node.args[0])
+    ndim = len(x.meta["val"].shape)
+    pads = list(cast("list[Any]", node.args[1]))
+    for i in range(0, len(pads), 2):
+        axis = ndim - 1 - i // 2
+        kept = w.r.kept(node, axis)
+        if kept.all():
+            continue
+        if any(isinstance(p, Node) or p < 0 for p in pads[i : i + 2]):
+            raise UnwritableError(f"a padding that cuts meets a cut ({where(node)})")
+        front, back = pads[i], pads[i + 1]
+        pads[i], pads[i + 1] = int(kept[:front].sum()), int(kept[len(kept) - back :].sum()) if back else 0
+    args[1] = pads
+
+
+def _squeeze(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    shape = cast(Node, node.args[0]).meta["val"].shape
+    named = node.args[1] if len(node.args) > 1 else range(len(shape))
+    axes = [a % len(shape) for a in ([named] if isinstance(named, int) else cast("list[int]", named))]
+    gone = [a for a in axes if not is_open(shape[a]) and int(shape[a]) == 1]
+    return w.graph.call_function(torch.ops.aten.squeeze.dims, (args[0], gone)) if gone else args[0]
+
+
+def _regroup(position: int) -> Any:
+    def rule(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        family = w.facts.families[w.r.twin(node)]
+        if not isinstance(family, Contraction | Mixing) or family.groups == 1:
+            return
+        channels = w.r.kept(node, family.out_axis if isinstance(family, Contraction) else 1)
+        used = int(channels.view(family.groups, -1).any(1).sum())
+        if len(args) > position:
+            args[position] = used
+        else:
+            kwargs["groups"] = used
+
+    return rule
+
+
+def _attention(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    query = cast(Node, node.args[0])
+    if kwargs.get("scale") is None and not w.r.kept(query, -1).all():
+        kwargs["scale"] = shape_of(w.r.twin(query))[-1] ** -0.5
+
+
+_RULES: dict[str, Callable[[_Writing, Node, list[Any], dict[str, Any]], Any]] = {
+    **dict.fromkeys(("view", "_unsafe_view", "reshape"), _view),
+    **dict.fromkeys(("expand", "new_zeros", "new_ones", "new_full", "new_empty"), _sized(1)),
+    **dict.fromkeys(("zeros", "ones", "full", "empty"), _sized(0)),
+    "unflatten": _unflatten,
+    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
+    "getitem": _pick,
+    "slice": _slice,
+    "select": _select,
+    "roll": _roll,
+    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
+    "squeeze": _squeeze,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _regroup(6)),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _regroup(6)),
+    "convolution": _regroup(8),
+    "group_norm": _regroup(1),
+    "scaled_dot_product_attention": _attention,
+}

@@ -1,0 +1,240 @@
+"""Search the smallest network that is equal: the user's own code first, rewritten forwards where it must be."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from ..errors import ExportError
+from ..tracing import Inputs
+from ..tracing.symbolic import Symbolic, capture_symbolic, is_open
+from .culprits import Call, Culprit, find_culprit, record_calls
+from .facts import Facts
+from .grafts import Grafts
+from .integers import Integers, Patch
+from .plan import Draft, Permissions, Plan, make_plan
+from .selection import places, reduced
+from .verify import Certificate, Verifier
+from .widths import Frozen, Widths
+
+_WORTH = 0.98
+"""Rewritten forwards are worth it if they leave at most this share of what the user's own code needs."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is analysed.
+
+    Args:
+        model: A copy of the dense model, in the precision of the analysis.
+        facts: Constants and liveness of its graph.
+        symbolic: Its graph with open sizes, if there is one.
+    """
+
+    model: nn.Module
+    facts: Facts
+    symbolic: Symbolic | None
+
+    @staticmethod
+    def of(model: nn.Module, inputs: Inputs) -> Subject:
+        """Trace and analyse a model."""
+        trace, symbolic = capture_symbolic(model, inputs.args, inputs.kwargs)
+        return Subject(model, Facts(trace), symbolic)
+
+    @property
+    def inputs(self) -> Inputs:
+        """The inputs of the trace."""
+        return self.facts.trace.inputs
+
+
+@dataclass(frozen=True)
+class Found:
+    """A smaller network that is equal."""
+
+    small: nn.Module
+    widths: Widths
+    plan: Plan
+    certificate: Certificate
+    frozen: Frozen
+
+    @property
+    def size(self) -> int:
+        """Number of elements of its parameters and buffers."""
+        return sum(t.numel() for t in [*self.small.parameters(), *self.small.buffers()])
+
+
+def smallest(dense: nn.Module, subject: Subject, verifier: Verifier, *, rewrite: bool, select_inputs: bool) -> Found:
+    """Return the smallest network that is equal.
+
+    The user's own code runs the boldest plan if it can. If it cannot, modules that fail get other integers in place of
+    those that they remember; or else they keep the sizes whole that are written in their code, or get a forward that is
+    written anew, which has to be worth it.
+
+    Raises:
+        ExportError: If no network was found equal.
+    """
+    search = _Search(dense, subject, verifier, select_inputs=select_inputs)
+    failure: ExportError | None = None
+    own: Found | None = None
+    try:
+        own = search.repaired(rewrite=False)
+    except ExportError as e:
+        failure = e
+    if own is not None and not own.frozen:
+        return own
+    if rewrite and subject.symbolic is not None:
+        try:
+            rewritten = search.repaired(rewrite=True)
+        except ExportError as e:
+            failure = failure or e
+        else:
+            if own is None or rewritten.size <= _WORTH * own.size:
+                return rewritten
+    if own is None:
+        assert failure is not None
+        raise failure
+    return own
+
+
+class _Search:
+    def __init__(self, dense: nn.Module, subject: Subject, verifier: Verifier, *, select_inputs: bool) -> None:
+        self.dense, self.subject, self.verifier = dense, subject, verifier
+        self.permissions = Permissions(subject.model, subject.facts.trace, subject.facts.families)
+        self._arguments = frozenset(places(dense, subject.inputs))
+        self._select_inputs = select_inputs
+        self._calls: list[Call] | None = None
+
+    @property
+    def calls(self) -> list[Call]:
+        """Every call of the dense model's modules."""
+        if self._calls is None:
+            self._calls = record_calls(self.subject.model, self.subject.inputs)
+        return self._calls
+
+    def _widths(self, frozen: Frozen) -> Widths:
+        p = self.permissions
+        return Widths(
+            self.subject.facts,
+            can_bias=p.can_bias,
+            can_carry=p.can_carry,
+            can_regroup=p.can_regroup,
+            can_select=self._can_select,
+            frozen=frozen,
+        )
+
+    def _can_select(self, node: Node, axis: int) -> bool:
+        """Tell whether an input may be cut along an axis: one of its own size, of a plain argument."""
+        subject = self.subject
+        source = subject.facts.trace.sources[node]
+        if source.name not in self._arguments or not source.value.is_floating_point():
+            return False
+        if subject.symbolic is None:
+            return axis > 0
+        [twin] = [n for n, twin in subject.symbolic.twins.items() if twin is node]
+        return not is_open(twin.meta["val"].shape[axis])
+
+    def _build(self, plan: Plan, tensors: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]:
+        """Return the smaller network in its own precision, and in that of the analysis."""
+        small, exact = copy.deepcopy(self.dense), copy.deepcopy(self.subject.model)
+        own = {n: t.to(_like(self.dense, n, t)) for n, t in tensors.items()}
+        return plan.apply(small, own), plan.apply(exact, tensors)
+
+    def repaired(self, *, rewrite: bool) -> Found:
+        """Repair one module after the other, until the network is equal.
+
+        Raises:
+            ExportError: If it never is.
+        """
+        frozen = Frozen()
+        while True:
+            widths = self._widths(frozen)
+            draft = Draft(*make_plan(widths, self.permissions, select_inputs=self._select_inputs))
+            small, exact = self._build(draft.plan, draft.tensors)
+            kept = {} if draft.plan.select_inputs else draft.plan.inputs
+            try:
+                return Found(small, widths, draft.plan, self.verifier.check(small, exact, kept), frozen)
+            except ExportError as e:
+                failure = e
+            del small, exact
+            try:
+                draft, culprit = self._repair(draft, widths, rewrite=rewrite)
+            except Exception:  # the model does not run in the precision of the analysis
+                raise failure from None
+            if culprit is None:
+                small, exact = self._build(draft.plan, draft.tensors)
+                try:
+                    return Found(small, widths, draft.plan, self.verifier.check(small, exact, kept), frozen)
+                except ExportError as e:
+                    raise e from failure
+            colder = self._colder(frozen, culprit.path)
+            if colder is None:
+                raise failure
+            frozen = colder
+
+    def _colder(self, frozen: Frozen, path: str) -> Frozen | None:
+        """Keep more whole of a module and those of its class, or of one around it; ``None`` if nothing is left."""
+        modules = dict(self.subject.model.named_modules())
+        step: str | None = path
+        while step is not None:
+            alike = {p for p, m in modules.items() if type(m) is type(modules[step])}
+            if step not in frozen.reshapes:
+                return replace(frozen, reshapes=frozen.reshapes | alike)
+            if step not in frozen.modules:
+                return replace(frozen, modules=frozen.modules | alike)
+            step = step.rpartition(".")[0] if step else None
+        return None
+
+    def _repair(self, draft: Draft, widths: Widths, *, rewrite: bool) -> tuple[Draft, Culprit | None]:
+        """Give modules other integers, or forwards that are written anew; return the first that this does not help."""
+        integers = Integers(self.subject.model, widths)
+        symbolic = self.subject.symbolic if rewrite else None
+        model, permissions = self.subject.model, self.permissions
+        grafts = Grafts(model, symbolic, widths, draft.plan, permissions, self.calls) if symbolic else None
+        while (culprit := self._culprit(draft, widths, self.calls)) is not None:
+            better = self._with_integers(draft, culprit, integers, widths, self.calls)
+            if better is None and grafts is not None:
+                better = grafts.onto(draft, culprit.path)
+            if better is None:
+                break
+            draft = better
+        return draft, culprit
+
+    def _culprit(self, draft: Draft, widths: Widths, calls: list[Call]) -> Culprit | None:
+        exact = draft.plan.apply(copy.deepcopy(self.subject.model), draft.tensors)
+        inputs = self.subject.inputs
+        inputs = inputs if draft.plan.select_inputs else reduced(inputs, self.dense, draft.plan.inputs)
+        return find_culprit(exact, inputs, self.subject.facts, widths, calls)
+
+    def _with_integers(
+        self, draft: Draft, culprit: Culprit, integers: Integers, widths: Widths, calls: list[Call]
+    ) -> Draft | None:
+        """Set the integers that a module remembers, and those alike, so that it does not fail any more."""
+
+        def helps(patch: Patch) -> bool:
+            found = self._culprit(draft.patched(patch), widths, calls)
+            return found is None or (found.path != culprit.path and found.done >= culprit.done)
+
+        for patch in integers.guesses(culprit.path):
+            if not helps(patch):
+                continue
+            for name in list(patch):  # what is not needed is not changed
+                fewer = {k: v for k, v in patch.items() if k != name}
+                if fewer and helps(fewer):
+                    patch = fewer  # noqa: PLW2901
+            return draft.patched(patch)
+        return None
+
+
+def _like(model: nn.Module, name: str, value: Tensor) -> Tensor:
+    """Return a tensor of the dtype and device that a new value takes: the old one's; of a new one, its module's."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    held = getattr(module, leaf, None)
+    if isinstance(held, Tensor):
+        return held
+    held = getattr(module, "weight", None)
+    held = held if isinstance(held, Tensor) else next(module.parameters(), value)
+    return held if value.is_floating_point() else value.to(held.device)

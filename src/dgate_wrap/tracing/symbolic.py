@@ -1,0 +1,115 @@
+"""Capture a model with sizes left open, and the same graph with the sizes of the example.
+
+Rules work on the graph of the example, where every size is a number. What is to run on other batch sizes and sequence
+lengths is written from its twin, in which the sizes of the inputs that may vary are symbols.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from .capture import Inputs, Trace, capture, export_open, normalize_inputs, trace_of
+
+
+@dataclass(frozen=True, eq=False)
+class Symbolic:
+    """The graph of a model with open sizes.
+
+    Args:
+        graph: Its nodes; placeholders are parameters, buffers and constants, then inputs.
+        twins: For each of its nodes that gives tensors, the node of the example's graph.
+    """
+
+    graph: Graph
+    twins: dict[Node, Node]
+
+
+def capture_symbolic(
+    model: nn.Module, example_inputs: object, example_kwargs: Mapping[str, Any] | None = None
+) -> tuple[Trace, Symbolic | None]:
+    """Trace a model like `capture`, and with open sizes where the model allows.
+
+    Returns:
+        The trace of the example, and its twin; ``None`` if there is no graph with open sizes.
+    """
+    inputs = normalize_inputs(example_inputs, example_kwargs)
+    try:
+        with export_open(model, _several(inputs)) as (exported, used):
+            static, twins = _settle(exported)
+            return trace_of(model, used, static), Symbolic(exported.graph, twins)
+    except Exception:
+        return capture(model, inputs.args, inputs.kwargs), None
+
+
+def _several(inputs: Inputs) -> Inputs:
+    """Return inputs of at least two examples: a size of one is taken for a constant."""
+
+    def twice(x: Tensor) -> Tensor:
+        return torch.cat([x, x.flip(-1)]) if x.dim() else x
+
+    tensors = [x for x in inputs.leaves() if isinstance(x, Tensor) and x.dim()]
+    return inputs.map(twice) if tensors and all(x.shape[0] == 1 for x in tensors) else inputs
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What `trace_of` reads of an exported program."""
+
+    graph: Graph
+    graph_module: GraphModule
+    graph_signature: Any
+    state_dict: dict[str, Any]
+    constants: dict[str, Any]
+
+
+def _settle(exported: torch.export.ExportedProgram) -> tuple[Any, dict[Node, Node]]:
+    """Copy a graph with open sizes, with those of the example written in."""
+    graph, copies = Graph(), dict[Node, Node]()
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and _is_number(value):
+            continue
+        if node.op == "call_function" and value is None:  # an assertion
+            continue
+        args, kwargs = torch.fx.map_arg(
+            (node.args, node.kwargs), lambda n: copies[n] if n in copies else _number(n.meta["val"])
+        )
+        if node.op == "output":
+            copies[node] = graph.output(args[0])
+        else:
+            copies[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)
+        copies[node].meta = {**node.meta, "val": pytree.tree_map(_example, value)}
+    module = GraphModule(exported.graph_module, graph)
+    settled = _Settled(
+        module.graph, module, exported.graph_signature, cast(Any, exported.state_dict), exported.constants
+    )
+    moved = dict(zip(graph.nodes, module.graph.nodes, strict=True))
+    return settled, {n: moved[c] for n, c in copies.items() if n.op != "output"}
+
+
+def is_open(size: Any) -> bool:
+    """Tell whether a size is a symbol, not a number."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)
+
+
+def _number(value: Any) -> Any:
+    return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
+
+
+def _example(value: Any) -> Any:
+    """Return a value with the sizes of the example."""
+    if isinstance(value, Tensor):
+        return torch.empty([operator.index(_number(n)) for n in value.shape], dtype=value.dtype, device="meta")
+    return _number(value)
