@@ -12,10 +12,10 @@ from torch.fx import Node
 from ..errors import GroupingError
 from ..tracing import Trace
 from ..tracing.branches import Projections, last_projections
-from ..tracing.capture import operation, where
+from ..tracing.capture import where
 from ..tracing.families import Contraction, Mixing, Movement, Pick, Pointwise
 from ..tracing.flow import LIKE, Flow, axis_labels, is_floating, value_inputs
-from ..tracing.operations import shape_of
+from ..tracing.nodes import names, op_name, shape_of
 from .registry import register_grouping
 
 
@@ -131,7 +131,7 @@ def nothing_found(what: str, seen: str, refused: list[str]) -> GroupingError:
 
 def is_sum(flow: Flow, node: Node) -> bool:
     """Tell whether a node adds two activations."""
-    if operation(node) not in ("aten.add", "aten.sub", "aten.add_", "aten.sub_") or node not in flow.varying:
+    if op_name(node) not in ("add", "sub") or node not in flow.varying:
         return False
     operands = [n for n in node.args[:2] if isinstance(n, Node) and n in flow.varying and is_floating(n)]
     return len(operands) == 2 and operands[0] is not operands[1]
@@ -177,7 +177,7 @@ def _root(flow: Flow, skip: Node, branch: Node, shape: tuple[int, ...]) -> Node 
     node: Node | None = skip
     while node is not None:
         mapped |= isinstance(flow.family(node), Contraction | Mixing)
-        scaled |= operation(node) in ("aten.mul", "aten.div") and any(flow.is_learned(n) for n in node.all_input_nodes)
+        scaled |= op_name(node) in ("mul", "div") and any(flow.is_learned(n) for n in node.all_input_nodes)
         node = linear_input(flow, node)
         if node is not None and flow.is_above(node, branch):
             return None if _is_linear(flow, branch, node) or (scaled and not mapped) else node
@@ -214,10 +214,8 @@ def _by_source(flow: Flow, root: Node, summands: list[Node]) -> list[list[Node]]
     return list(out.values())
 
 
-_SCALINGS = frozenset(
-    f"aten.{n}" for n in ("mul", "div", "neg", "_to_copy", "clone", "dropout", "feature_dropout", "alias", "detach")
-)
-_PARTS = frozenset(f"aten.{n}" for n in ("select", "split", "split_with_sizes", "chunk", "unbind"))
+_SCALINGS = names("mul div neg _to_copy clone dropout feature_dropout alias detach")
+_PARTS = names("select split split_with_sizes chunk unbind")
 
 
 def plain_input(flow: Flow, node: Node) -> Node | None:
@@ -227,14 +225,14 @@ def plain_input(flow: Flow, node: Node) -> Node | None:
     if len(live) != 1 or not is_floating(node) or not is_floating(live[0]):
         return None
     learned = any(flow.is_learned(n) for n in node.all_input_nodes)
-    moves = (isinstance(family, Movement) or operation(node) in LIKE) and operation(node) not in _PARTS
+    moves = (isinstance(family, Movement) or op_name(node) in LIKE) and op_name(node) not in _PARTS
     return live[0] if moves or (_scales(flow, node, live[0]) and not learned) else None
 
 
 def _scales(flow: Flow, node: Node, x: Node) -> bool:
     """Tell whether a node is one of its operands, scaled."""
-    by_x = operation(node) == "aten.div" and node.args[0] is not x
-    return isinstance(flow.family(node), Pointwise) and operation(node) in _SCALINGS and not by_x
+    by_x = op_name(node) == "div" and node.args[0] is not x
+    return isinstance(flow.family(node), Pointwise) and op_name(node) in _SCALINGS and not by_x
 
 
 def linear_input(flow: Flow, node: Node) -> Node | None:
@@ -244,11 +242,11 @@ def linear_input(flow: Flow, node: Node) -> Node | None:
         return linear_input(flow, family.source)
     if isinstance(family, Contraction):
         return family.x if family.x in flow.varying else None
-    if isinstance(family, Mixing) and (family.kind == "pool" or "batch_norm" in operation(node)):
+    if isinstance(family, Mixing) and (family.kind == "pool" or "batch_norm" in op_name(node)):
         return family.x
     if isinstance(family, Pointwise):
         live = [n for n in family.operands if n in flow.varying]
-        affine = operation(node) in ("aten.add", "aten.sub", "aten.rsub") or _scales(flow, node, live[0])
+        affine = op_name(node) in ("add", "sub", "rsub") or _scales(flow, node, live[0])
         return live[0] if len(live) == 1 and is_floating(live[0]) and affine else None
     return plain_input(flow, node)
 

@@ -11,10 +11,11 @@ from torch.fx import Node
 
 from ..tracing import Trace
 from ..tracing.branches import Projections, last_projections
-from ..tracing.capture import operation, where
+from ..tracing.capture import where
 from ..tracing.families import Barrier, Contraction, Indexing, Mixing, Movement, Pick, Pointwise, Product
 from ..tracing.flow import LIKE, Flow, axis_labels, factors, is_floating, value_inputs
-from ..tracing.operations import shape_of, source_indices
+from ..tracing.movements import source_indices
+from ..tracing.nodes import op_name, shape_of
 from .branches import Found, is_sum, join, keep_exclusive, nothing_found
 from .registry import register_grouping
 
@@ -127,13 +128,12 @@ def _carries(flow: Flow, node: Node) -> bool:
     """Tell whether a node moves, masks or adds up what it reads."""
     family = flow.family(node)
     moves = isinstance(family, Movement | Pick | Pointwise | Indexing | Product)
-    return moves or (isinstance(family, Mixing) and operation(node) in ("aten.sum", "aten.mean"))
+    return moves or (isinstance(family, Mixing) and op_name(node) in ("sum", "mean"))
 
 
 def _adds(flow: Flow, node: Node) -> bool:
     """Tell whether a node adds up the elements of what it reads, or adds them to what is there."""
-    name = operation(node)
-    adds = name in ("aten.sum", "aten.mean", "aten.index_add", "aten.scatter_add", "aten.index_put")
+    adds = op_name(node) in ("sum", "mean", "index_add", "scatter_add", "index_put")
     return adds or isinstance(flow.family(node), Product)
 
 
@@ -213,10 +213,10 @@ class _Router:
         family = self.flow.family(node)
         if not is_floating(node):
             return "choice"
-        if operation(node) in ("aten.softmax", "aten._softmax"):
+        if op_name(node) == "softmax":
             assert isinstance(family, Mixing)
             return axis_labels(node, min(family.mixed))
-        if operation(node) == "aten.sigmoid":
+        if op_name(node) == "sigmoid":
             return axis_labels(node, len(shape_of(node)) - 1)
         if (
             family is None
@@ -252,7 +252,7 @@ class _Router:
     def _carried(self, node: Node, family: object) -> Routing:
         if isinstance(family, Movement):
             return self._moved(family, 0)
-        if operation(node) in LIKE:
+        if op_name(node) in LIKE:
             return self.of(value_inputs(node)[0])
         if isinstance(family, Pointwise):
             labels = [s.expand(shape_of(node)) for n in family.operands if isinstance(s := self.of(n), Tensor)]

@@ -12,7 +12,7 @@ from .branches import last_projections
 from .capture import operation, where
 from .families import Contraction, Family, Lookup, Movement, Pick, Pointwise, Product
 from .flow import Flow, StuckError
-from .operations import is_tensor, shape_of
+from .nodes import is_tensor, shape_of
 from .provenance import Provenance, distinct_pairs, is_linear, learned_nodes, linked, live_inputs, readings, weights_of
 
 NO_LEAF = -1

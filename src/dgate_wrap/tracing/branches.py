@@ -48,7 +48,9 @@ from .flow import (
     unchoose_labels,
     unmix_labels,
 )
-from .operations import gives_zero, shape_of, source_indices, tensor_inputs
+from .movements import source_indices
+from .nodes import argument_names, names, op_name, shape_of, tensor_inputs
+from .operations import gives_zero
 from .structure import compact, narrow
 
 Need: TypeAlias = "Tensor | None"
@@ -119,20 +121,15 @@ def last_projections(
 
 
 _Piece: TypeAlias = "tuple[str, Tensor, Node]"
-_WHOLE = frozenset({
-    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "numpy_T", "mT", "unsqueeze", "squeeze",
-    "expand", "flatten", "unflatten", "movedim", "swapaxes", "pixel_shuffle", "pixel_unshuffle",
-    "channel_shuffle", "flip", "roll", "repeat", "tile", "cat", "stack", "constant_pad_nd", "pad",
-})  # fmt: skip
+_WHOLE = names(
+    """
+    view reshape permute transpose t numpy_T mT unsqueeze squeeze expand flatten unflatten movedim pixel_shuffle
+    pixel_unshuffle channel_shuffle flip roll repeat tile cat stack constant_pad_nd pad
+    """
+)
 """Movements that lose no element of their inputs."""
-_TURNS = frozenset({"transpose", "permute", "t", "numpy_T", "mT"})
-_ZERO_AT_ZERO = frozenset({
-    "sum", "mean", "amax", "amin", "max", "min", "var", "std", "prod", "cumsum", "any", "linalg_vector_norm", "norm",
-})  # fmt: skip
-
-
-def _name(node: Node) -> str:
-    return operation(node).rpartition(".")[2]
+_TURNS = names("transpose permute t numpy_T mT")
+_ZERO_AT_ZERO = names("sum mean amax amin max min var std prod cumsum any linalg_vector_norm norm")
 
 
 class _Walk:
@@ -193,8 +190,8 @@ class _Walk:
 
     @_rule.register
     def _(self, family: Creation, node: Node, need: Need, site: Node) -> list[_Piece]:
-        value = node.args[1] if _name(node) == "full" else node.args[0] if _name(node) == "scalar_tensor" else None
-        if _name(node) == "zeros" or (isinstance(value, int | float) and value == 0):
+        value = node.args[1] if op_name(node) == "full" else node.args[0] if op_name(node) == "scalar_tensor" else None
+        if op_name(node) == "zeros" or (isinstance(value, int | float) and value == 0):
             return []
         raise StuckError(f"{operation(node)} is a constant ({where(node)})")
 
@@ -213,7 +210,7 @@ class _Walk:
 
     def _back(self, family: Movement, node: Node, index: int, need: Need, site: Node) -> list[_Piece]:
         """Move labels back through a movement, onto the elements that the needed ones come from."""
-        name = _name(node)
+        name = op_name(node)
         if "pad" in name and any(isinstance(a, int | float) and a != 0 for a in node.args[2:]):
             raise StuckError(f"{operation(node)} pads with something else than zero ({where(node)})")
         if name in _WHOLE and need is None:
@@ -269,7 +266,7 @@ class _Walk:
 
     @_rule.register
     def _(self, family: Product, node: Node, need: Need, site: Node) -> list[_Piece]:
-        if "grouped_mm" in _name(node):
+        if "grouped_mm" in op_name(node):
             shape = shape_of(family.b)
             rows = self._rows(family.b, 0) if need is None else labels_along(need, -1).expand(shape)
             return self.of(family.b, rows, site)
@@ -341,14 +338,13 @@ class _Walk:
     def _(self, family: Mixing, node: Node, need: Need, site: Node) -> list[_Piece]:
         if family.kind == "norm":
             return self._norm(family, node, need, site)
-        if family.kind == "pool" or _name(node) in _ZERO_AT_ZERO:
+        if family.kind == "pool" or op_name(node) in _ZERO_AT_ZERO:
             return self.of(family.x, None if need is None else unmix_labels(family, need), site)
         raise StuckError(f"{operation(node)} of zero is not zero ({where(node)})")
 
     def _norm(self, family: Mixing, node: Node, need: Need, site: Node) -> list[_Piece]:
         """Take the scale and shift of a norm; a norm without them gives zero for zero, unless it shifts by a buffer."""
-        names = [a.name for a in cast(Any, node.target)._schema.arguments]
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        given = {**dict(zip(argument_names(node), node.args, strict=False)), **node.kwargs}
 
         def vector(name: str) -> list[_Piece]:
             parameter = cast(Node, given[name])
@@ -359,7 +355,7 @@ class _Walk:
             return self.of(parameter, labels, site)
 
         shift = vector("bias") if given.get("bias") is not None else []
-        if "prelu" in _name(node) or given.get("weight") is None:
+        if "prelu" in op_name(node) or given.get("weight") is None:
             return self._normed(family, given, node, need, site) + shift
         return self._first([lambda: vector("weight"), lambda: self._normed(family, given, node, need, site)]) + shift
 
@@ -371,10 +367,10 @@ class _Walk:
     @_rule.register
     def _(self, family: Barrier, node: Node, need: Need, site: Node) -> list[_Piece]:
         inputs = tensor_inputs(node)
-        if _name(node) == "new_zeros" or (_name(node) == "new_full" and node.args[2] == 0):
+        if op_name(node) == "new_zeros" or (op_name(node) == "new_full" and node.args[2] == 0):
             return []
         if (product := factors(node)) is not None:
             return self._factor(*product, need, site)
-        if operation(node) in LIKE or (_name(node) in _ZERO_AT_ZERO and need is None):
+        if op_name(node) in LIKE or (op_name(node) in _ZERO_AT_ZERO and need is None):
             return self.of(inputs[0], need, site)
         raise StuckError(f"{operation(node)} is not known to give zero ({where(node)})")

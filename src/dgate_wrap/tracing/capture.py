@@ -158,6 +158,9 @@ class Trace:
         return values
 
 
+_ASSERTIONS: tuple[Any, ...] = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default)
+
+
 def operation(node: Node) -> str:
     """Return the name of a node's operation without its overload, such as ``aten.conv2d``."""
     packet = getattr(node.target, "overloadpacket", None)
@@ -324,7 +327,7 @@ def trace_of(
             raise UnrecordableError(None, f"{name} is a view of {storages[storage_of(value)]}, made outside of forward")
         sources[node] = Source(kind, name, value)
     for node in list(exported.graph.nodes):
-        if operation(node) in ("aten._assert_tensor_metadata", "aten._assert_scalar") and not node.users:
+        if node.target in _ASSERTIONS and not node.users:
             exported.graph.erase_node(node)
     split_einsums(exported.graph_module)
     [results] = [n.args[0] for n in exported.graph.nodes if n.op == "output"]

@@ -212,3 +212,6 @@ class NormedWeight(Barrier):
 
 
 Family: TypeAlias = Movement | Pointwise | Contraction | Mixing | Lookup | Creation | Pick | Barrier
+
+OpRule: TypeAlias = Callable[[Node, frozenset[Node]], "Family | None"]
+"""``(node, the varying nodes) → its family``, or ``None`` where the rule does not cover it."""

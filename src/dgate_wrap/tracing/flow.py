@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import Trace, operation
+from .capture import Trace
 from .families import Family, Indexing, Mixing
-from .operations import describe, shape_of, tensor_of, varying_nodes
+from .nodes import names, op_name, shape_of, tensor_of
+from .operations import describe, varying_nodes
 
-LIKE = frozenset({"aten.type_as", "aten.view_as", "aten.expand_as", "aten.reshape_as"})
+LIKE = names("type_as view_as expand_as reshape_as")
 """Operations that read only the kind or shape of their second operand."""
 
 
@@ -102,15 +103,15 @@ class Flow:
 
 def value_inputs(node: Node) -> list[Node]:
     """Return the nodes whose values a node reads."""
-    name = operation(node).removeprefix("aten.")
+    name = op_name(node)
     if name.startswith("new_") or name in ("zeros_like", "ones_like", "full_like", "empty_like"):
         return []
-    return list(node.all_input_nodes)[: 1 if operation(node) in LIKE else None]
+    return list(node.all_input_nodes)[: 1 if name in LIKE else None]
 
 
 def factors(node: Node) -> tuple[list[tuple[Node, str]], str] | None:
     """Return the operands of an einsum with their letters, and the letters of its result."""
-    if operation(node) != "aten.einsum":
+    if op_name(node) != "einsum":
         return None
     equation, operands = cast("tuple[str, list[Node]]", node.args[:2])
     left, arrow, out = equation.replace(" ", "").partition("->")

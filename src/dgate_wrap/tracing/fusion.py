@@ -13,14 +13,13 @@ from .branches import Projections, last_projections
 from .capture import operation, where
 from .families import Family, Indexing, Lookup, Mixing, Movement, Pointwise
 from .flow import Flow, StuckError, merge_labels
-from .operations import shape_of
+from .nodes import op_name, shape_of
 from .provenance import (
     NOTHING,
     Provenance,
     is_linear,
     learned_nodes,
     live_inputs,
-    name_of,
     readings,
     uniform,
     weights_of,
@@ -61,7 +60,7 @@ class _Inner:
             own = node in self.learned and node.op == "placeholder"
             self.weights[node] = _union(self.weights[n] for n in node.all_input_nodes) | (own << i)
             family = flow.family(node)
-            table = isinstance(family, Lookup) or "embedding" in name_of(node)
+            table = isinstance(family, Lookup) or "embedding" in op_name(node)
             maps = reads and not table and not isinstance(family, Pointwise | Movement | Mixing | Indexing)
             bends = bool(self.readers[node]) and not table and not is_linear(flow, node)
             for found, own in ((self.contracted, maps), (self.curved, bends)):
@@ -69,13 +68,13 @@ class _Inner:
                     found.add(node)
             if node in self.contracted and node in self.curved:
                 self.deep.add(node)
-            if name_of(node) in ("cat", "stack", "add") and live:
-                self.operands[node] = [m for n in live for m in self._split(n, name_of(node))]
+            if op_name(node) in ("cat", "stack", "add") and live:
+                self.operands[node] = [m for n in live for m in self._split(n, op_name(node))]
 
     def _split(self, node: Node, kind: str) -> list[Node]:
         """Return what a node joins, if it is one more link of a chain of joins of subnetworks; else itself."""
         parts = self.operands.get(node, [node])
-        if name_of(node) != kind or len(node.users) > 1 or not self._apart(parts):
+        if op_name(node) != kind or len(node.users) > 1 or not self._apart(parts):
             return [node]
         return parts if len(parts) == 1 or len(self._chosen(parts)) == len(parts) else [node]
 
@@ -145,7 +144,7 @@ def _fusion_labels(inner: _Inner, root: Node, branches: Sequence[Node]) -> dict[
         summed = True
         return {n: uniform(NOTHING, shape_of(n)) for n in node.all_input_nodes if n in provenance.words}
 
-    if name_of(root) == "add":
+    if op_name(root) == "add":
         summed = True
     else:
         provenance.spread({n: uniform(int(words[i + 1]), shape_of(n)) for i, n in enumerate(branches)}, meet)

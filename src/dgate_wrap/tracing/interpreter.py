@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import Trace, operation
+from .capture import Trace
 from .families import (
     Attention,
     Barrier,
@@ -35,7 +35,8 @@ from .families import (
     Ranking,
     Recurrence,
 )
-from .operations import gives_zero, is_tensor, shape_of
+from .nodes import is_tensor, op_name, shape_of
+from .operations import gives_zero
 from .products import Products, as_product, summed_by, summed_product
 from .structure import (
     CONSTANT,
@@ -131,10 +132,10 @@ class _Interpreter(Products):
             return self._set_all(node, flat[0])
         moved = self._moved(family, parts)
         self._set(node, moved[0] if is_tensor(node) else moved)
-        if operation(node) in ("aten.cat", "aten.stack"):
+        if op_name(node) in ("cat", "stack"):
             axis = cast(int, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))
             axis %= len(shape_of(node))
-            if operation(node) == "aten.stack":
+            if op_name(node) == "stack":
                 parts = [p.unsqueeze(axis) for p in parts]
             self._couple(parts, axis)
         return None
@@ -164,11 +165,7 @@ class _Interpreter(Products):
     def _(self, family: Indexing, node: Node) -> None:
         parts = [self._words(n) for n in (family.x, family.source) if n is not None]
         values = {n: self._constant(n) for n in family.indices}
-        known = all(v is not None for v in values.values()) and operation(node).rpartition(".")[2] not in (
-            "index_add",
-            "scatter",
-            "scatter_add",
-        )
+        known = all(v is not None for v in values.values()) and not family.adds
         why = self._says(node, "positions are picked by value")
         if not known and any(self._varies(label_of(narrow(parts[0])), a) for a in family.axes):
             self.structure.flag("frozen", label_of(narrow(parts[0])), why)
@@ -216,7 +213,7 @@ class _Interpreter(Products):
         labels = [label_of(w) for w in words]
         for i, n in enumerate(operands):
             if self._follows(i, labels, real):
-                if self._reads_outer(node, i, operands, words):
+                if self._reads_outer(node, family, i, words):
                     labels[i] = label_of(words[i])
                     continue
                 self.structure.flag("follower", labels[i], self._says(node, "it acts on several channels at once"))
@@ -226,11 +223,7 @@ class _Interpreter(Products):
         for label in labels:
             self.structure.unite(out, label)
             out = torch.where(out >= 0, out, label)
-        if (
-            operation(node) in ("aten.add", "aten.sub")
-            and all(n in self.varying for n in operands)
-            and len(operands) > 1
-        ):
+        if op_name(node) in ("add", "sub") and len(operands) > 1 and self.varying.issuperset(operands):
             self.structure.flag("added", out, self._says(node, "it is added to others"))
         state = self._probe(node, family, words)
         data = torch.full([1] * len(shape), False)
@@ -243,11 +236,12 @@ class _Interpreter(Products):
             self._enliven(out.expand(lively.shape)[lively], self._says(node, "something live is combined with it"))
         self._set(node, torch.where(out >= 0, out * 4 + state, torch.where(data, DATA, CONSTANT)))
 
-    def _reads_outer(self, node: Node, i: int, operands: list[Node], words: list[Tensor]) -> bool:
+    def _reads_outer(self, node: Node, family: Pointwise, i: int, words: list[Tensor]) -> bool:
         """Tell whether a value times a weight of more axes reads it, as a contraction over nothing, and record it."""
+        operands = family.operands
         other = operands[1 - i] if len(operands) == 2 else operands[i]
         found = self._scattered(other, torch.full((), -1)) if other not in self.varying else None
-        if operation(node) not in ("aten.mul", "aten.multiply") or not found or operands[i] not in self.varying:
+        if not family.product or not found or operands[i] not in self.varying:
             return False
         column = self._unite_over(words[i], [a for a in range(words[i].dim()) if words[1 - i].shape[a] == 1])
         self._consume(node, column)
@@ -441,7 +435,7 @@ class _Interpreter(Products):
             state = torch.where(words >= 0, state_of(words), ZERO).amax(wide, keepdim=True)
             data = (words == DATA).any(dim=tuple(wide), keepdim=True)
             data = data | (lost >= 0).any(dim=tuple(wide), keepdim=True)
-        if (family.kind == "scan" and operation(node) != "aten.cumsum") or operation(node) == "aten.logsumexp":
+        if (family.kind == "scan" and op_name(node) != "cumsum") or op_name(node) == "logsumexp":
             state = state.clamp_min(FIXED)
         return torch.where(same & (top >= 0), top * 4 + state, torch.where(data, DATA, CONSTANT))
 
@@ -470,7 +464,7 @@ class _Interpreter(Products):
             words = torch.full((), DATA).expand(words.shape)
         out = words.narrow(family.axis, 0, 1) if words.shape[family.axis] else words
         out = out if family.keeps_axis else out.squeeze(family.axis)
-        if operation(node).startswith("aten.arg"):
+        if op_name(node).startswith("arg"):
             return self._set_all(node, DATA)
         if is_tensor(node):
             return self._set(node, fit(out, shape_of(node)))
@@ -494,56 +488,40 @@ class _Interpreter(Products):
     @_label.register
     def _(self, family: Recurrence, node: Node) -> None:
         x = self._words(family.x)
-        ndim = x.dim()
-        layers = [family.layers[i : i + family.directions] for i in range(0, len(family.layers), family.directions)]
-        column = self._unite_over(x, range(ndim - 1))
-        out = column
-        units_of_all: list[Tensor] = []
-        for layer in layers:
+        column = self._unite_over(x, range(x.dim() - 1))
+        units: list[Tensor] = []
+        for i in range(0, len(family.layers), family.directions):
             self._consume(node, column)
-            outs: list[Tensor] = []
-            for weights in layer:
-                units, hidden = self._recur(node, family, weights, label_of(column).flatten())
-                units_of_all.append(units)
-                outs.append(hidden)
-            out = torch.cat(outs)
-            column = out.view([1] * (ndim - 1) + [-1])
+            cells = [self._recur(node, family, c, column) for c in family.layers[i : i + family.directions]]
+            units += [own for own, _ in cells]
+            column = torch.cat([hidden for _, hidden in cells]).view(*[1] * (x.dim() - 1), -1)
+        out = column.flatten()
         if is_tensor(node):
-            return self._set(node, column.flatten())
-        values = cast("list[Any]", node.meta["val"])
-        if len(family.layers) == 1 and len(values) == 2 and len(values[0].shape) == ndim == len(values[1].shape):
-            single = operation(node).endswith("_cell")
-            states = [column.flatten(), units_of_all[0] if single else column.flatten()]
-            return self._set(node, states)
-        finals = torch.stack(
-            [w.flatten() for w in (units_of_all if len({w.numel() for w in units_of_all}) == 1 else [out])]
-        )
-        shape = [len(finals), *[1] * (len(values[1].shape) - 2), finals.shape[1]]
-        last = finals.view(shape)
-        first = column.flatten() if not operation(node).endswith("_cell") else units_of_all[0]
-        projected = family.layers[0].w_hr is not None
-        h = last if not projected else torch.full((), DATA)
-        return self._set(node, [first, h, *([last] * (len(values) - 2))])
+            return self._set(node, out)
+        if family.single:
+            return self._set(node, [out, *units])
+        results = cast("list[Any]", node.meta["val"])
+        finals = torch.stack(units).view(len(units), *[1] * (results[1].dim() - 2), -1)
+        h = finals if family.layers[0].w_hr is None else torch.full((), DATA)
+        return self._set(node, [out, h, *[finals] * (len(results) - 2)])
 
-    def _recur(self, node: Node, family: Recurrence, weights: Cell, column: Tensor) -> tuple[Tensor, Tensor]:
+    def _recur(self, node: Node, family: Recurrence, cell: Cell, column: Tensor) -> tuple[Tensor, Tensor]:
         """One layer in one direction: return the words of its units, and of what it gives to the next layer."""
-        w_ih, w_hh, b_ih, b_hh, w_hr = weights
-        size = shape_of(w_ih)[0] // family.gates
-        units = self.structure.sets.mint(size)
+        units = self.structure.sets.mint(shape_of(cell.w_ih)[0] // family.gates)
         rows = units.repeat(family.gates).view(-1, 1)
         state = ZERO
-        self._read(node, w_ih, column.expand(shape_of(w_ih)[1]).view(1, -1))
-        for w in (w_ih, w_hh):
+        self._read(node, cell.w_ih, label_of(column).flatten().expand(shape_of(cell.w_ih)[1]).view(1, -1))
+        for w in (cell.w_ih, cell.w_hh):
             state = max(state, self._produce(node, w, rows, "recurrent", (w, 0)))
-        for b in (b_ih, b_hh):
+        for b in (cell.b_ih, cell.b_hh):
             if b is not None:
                 state = max(state, self._adjust(b, 0, rows.flatten()))
         hidden = units
-        if w_hr is not None:
-            hidden = self.structure.sets.mint(shape_of(w_hr)[0])
-            self._read(node, w_hr, units.view(1, -1))
-            self._produce(node, w_hr, hidden.view(-1, 1), "row", (w_hr, 0))
-        self._read(node, w_hh, hidden.view(1, -1))
+        if cell.w_hr is not None:
+            hidden = self.structure.sets.mint(shape_of(cell.w_hr)[0])
+            self._read(node, cell.w_hr, units.view(1, -1))
+            self._produce(node, cell.w_hr, hidden.view(-1, 1), "row", (cell.w_hr, 0))
+        self._read(node, cell.w_hh, hidden.view(1, -1))
         for s in family.states:
             state = max(state, self._start(node, s, hidden if s is family.states[0] else units))
         return units * 4 + state, hidden * 4 + state

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import Trace, operation
+from .capture import Trace
 from .families import Contraction, Family, Indexing, Mixing, Movement, Pick, Pointwise, Product
-from .operations import is_tensor, shape_of
+from .nodes import is_tensor, op_name, shape_of
 from .structure import CONSTANT, DATA, FIXED, LIVE, HeadSite, label_of, narrow, state_of
 from .weights import Weights
 from .words import laid
@@ -100,7 +100,7 @@ class Products(Weights):
 
     def _attend(self, family: Family, node: Node) -> None:
         """Follow attention weights from their softmax to where they meet the values."""
-        if isinstance(family, Mixing) and operation(node) in ("aten.softmax", "aten._softmax"):
+        if isinstance(family, Mixing) and op_name(node) == "softmax":
             self.attending.add(node)
         elif isinstance(family, Movement | Mixing | Contraction | Pointwise | Pick | Indexing):
             read = family.operands if isinstance(family, Pointwise) else node.all_input_nodes
@@ -114,10 +114,10 @@ class Products(Weights):
 
 def summed_by(node: Node) -> Node | None:
     """Return the sum that alone reads a product of two tensors, if there is one: together they are a contraction."""
-    if operation(node) != "aten.mul" or len(node.users) != 1 or len(node.all_input_nodes) != 2:
+    if op_name(node) != "mul" or len(node.users) != 1 or len(node.all_input_nodes) != 2:
         return None
     (user,) = node.users
-    keeps = len(shape_of(user)) == len(shape_of(node)) if operation(user) == "aten.sum" else True
+    keeps = len(shape_of(user)) == len(shape_of(node)) if op_name(user) == "sum" else True
     return None if keeps else user
 
 

@@ -15,16 +15,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import operation
 from .families import Contraction, Creation, Family, Indexing, Lookup, Mixing, Movement, Pick, Pointwise, Product
 from .flow import Flow
-from .operations import shape_of, source_indices, tensor_of
-
-
-def names(text: str) -> frozenset[str]:
-    """Return the words of a text."""
-    return frozenset(text.split())
-
+from .movements import source_indices
+from .nodes import names, op_name, shape_of, tensor_of
 
 NOTHING = 0
 """The word of an element that reads no origin."""
@@ -44,14 +38,11 @@ _LINEAR = names(
 )
 
 
-def name_of(node: Node) -> str:
-    """Return the bare name of a node's operation, such as ``conv2d``."""
-    return operation(node).rpartition(".")[2]
-
-
 def live_inputs(flow: Flow, node: Node) -> list[Node]:
     """Return the varying nodes whose values a node reads; ``x.new_zeros(...)`` and ``zeros_like(x)`` read none."""
-    made = isinstance(flow.family(node), Creation) or name_of(node).endswith("_like") or name_of(node)[:4] == "new_"
+    made = (
+        isinstance(flow.family(node), Creation) or op_name(node).endswith("_like") or op_name(node).startswith("new_")
+    )
     return [] if made else [n for n in node.all_input_nodes if n in flow.varying]
 
 
@@ -61,9 +52,9 @@ def is_linear(flow: Flow, node: Node) -> bool:
     if isinstance(family, Movement | Pick | Contraction | Creation):
         return True
     live = live_inputs(flow, node)
-    if isinstance(family, Product) or name_of(node) == "mul":
+    if isinstance(family, Product) or op_name(node) == "mul":
         return len(live) == 1
-    return name_of(node) in _LINEAR or (name_of(node) == "div" and live == [node.args[0]])
+    return op_name(node) in _LINEAR or (op_name(node) == "div" and live == [node.args[0]])
 
 
 def learned_nodes(flow: Flow) -> frozenset[Node]:

@@ -15,7 +15,7 @@ def split_einsums(graph_module: GraphModule) -> None:
     """
     graph = graph_module.graph
     for node in list(graph.nodes):
-        operands = cast("list[Node]", node.args[1]) if str(node.target) == "aten.einsum.default" else []
+        operands = cast("list[Node]", node.args[1]) if node.target is torch.ops.aten.einsum.default else []
         equation = cast(str, node.args[0]).replace(" ", "") if operands else ""
         if len(operands) < 3 or "..." in equation or "->" not in equation:
             continue

@@ -13,8 +13,9 @@ from .branches import last_projections
 from .capture import where
 from .families import Contraction, Indexing, Lookup, Mixing, Movement, Pick, Pointwise, Product
 from .flow import Flow, StuckError
-from .operations import shape_of, source_indices, tensor_inputs
-from .provenance import is_linear, learned_nodes, linked, live_inputs, name_of, names, readings, weights_of
+from .movements import source_indices
+from .nodes import names, op_name, shape_of, tensor_inputs
+from .provenance import is_linear, learned_nodes, linked, live_inputs, readings, weights_of
 
 _NEVER_GATES = names("relu silu gelu elu leaky_relu hardswish softplus mish selu celu prelu log_sigmoid")
 _KEEPS = names("clone contiguous alias detach _to_copy to dropout")
@@ -74,7 +75,7 @@ def _site(gates: _Gates, node: Node) -> _Site | None:
         return None
     if isinstance(family, Pointwise):  # a product by broadcasting, to be summed over the leaves
         users = [u for u in node.users if flow.is_above(u, flow.output)]
-        if not users or any(name_of(u) not in ("sum", "mean") for u in users):
+        if not users or any(op_name(u) not in ("sum", "mean") for u in users):
             return None
     products = gates.count(pair[0])
     return None if products is None else _Site(node, *pair, lone=not products)
@@ -95,7 +96,7 @@ class _Gates:
             found = self._factors(node, live, shifted) if node.op == "call_function" else None
             if found is not None and not isinstance(found, int):
                 factors, products = found
-                shifted = shifted or (len(live) == 1 and name_of(node) in ("add", "sub", "rsub", "mul", "div"))
+                shifted = shifted or (len(live) == 1 and op_name(node) in ("add", "sub", "rsub", "mul", "div"))
                 counts = [self.count(n, shifted) for n in factors]
                 found = None if None in counts or not counts else products + sum(cast("list[int]", counts))
             self._known[key] = found
@@ -103,7 +104,7 @@ class _Gates:
 
     def _factors(self, node: Node, live: list[Node], shifted: bool) -> tuple[list[Node], int] | int | None:
         """Return what to look at next, and the products here; a number where the walk ends at a gate."""
-        family, name = self.flow.family(node), name_of(node)
+        family, name = self.flow.family(node), op_name(node)
         match family:
             case _ if not live:
                 return 0  # a constant
@@ -156,7 +157,7 @@ def _members(flow: Flow, site: _Site, values: dict[Node, Any]) -> tuple[Tensor, 
         if axes:
             break
         inputs = [n for n in path[-1].all_input_nodes if n in flow.varying]
-        keeps = isinstance(flow.family(path[-1]), Movement) or name_of(path[-1]) in _KEEPS
+        keeps = isinstance(flow.family(path[-1]), Movement) or op_name(path[-1]) in _KEEPS
         if len(inputs) != 1 or not keeps:
             return None
         path.append(inputs[0])

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import operation
 from .families import Contraction, Lookup, Movement, NormedWeight, Pick, Pointwise
-from .operations import is_tensor, shape_of, source_indices
+from .movements import source_indices
+from .nodes import is_tensor, names, op_name, shape_of
 from .structure import FIXED, ZERO, Reader, Role, Slot, compact, label_of, narrow, state_of
 from .words import Words
 
-_COPIES = frozenset({"aten.clone", "aten.contiguous", "aten._to_copy", "aten.to", "aten.alias", "aten.detach"})
+_COPIES = names("clone contiguous _to_copy to alias detach")
 
 
 class Weights(Words):
@@ -132,7 +132,7 @@ class Weights(Words):
         family = self.families.get(node)
         if isinstance(family, Pick):
             family = self.families.get(family.source)
-        if isinstance(family, Pointwise) and operation(node) in _COPIES:
+        if isinstance(family, Pointwise) and op_name(node) in _COPIES:
             return self._scattered(family.operands[0], labels)
         if not isinstance(family, Movement) or node in self.varying:
             return None

@@ -14,7 +14,8 @@ from torch.fx import Node
 
 from .capture import Trace, operation, where
 from .families import Contraction, Family
-from .operations import describe, is_tensor, shape_of, varying_nodes
+from .nodes import has_tensors, shape_of
+from .operations import describe, varying_nodes
 from .structure import CONSTANT, DATA, LIVE, ZERO, Slot, Structure, compact, label_of, narrow, state_of
 
 
@@ -154,11 +155,6 @@ class Words:
         if live.numel():
             self.structure.flag("live", live, self._says(node, "it is not constant when its weights are zero"))
         self.structure.flag("read", label_of(words), self._says(node, "a contraction reads it"))
-
-
-def has_tensors(node: Node) -> bool:
-    """Tell whether a node gives a tensor, or several."""
-    return is_tensor(node) or isinstance(node.meta.get("val"), tuple | list)
 
 
 def laid(t: Tensor, axes: str, target: str) -> Tensor:

@@ -1,0 +1,148 @@
+"""Operations that mix elements along some axes: norms, pooling, reductions, softmax."""
+
+from __future__ import annotations
+
+import functools
+from typing import cast
+
+from torch.fx import Node
+
+from .families import Family, Mixing, NormedWeight, OpRule
+from .nodes import argument, argument_names, is_tensor, names, op_name, shape_of
+
+
+def _batch_norm(node: Node, varying: frozenset[Node]) -> Family | None:
+    x, *vectors = cast("list[Node | None]", list(node.args[:5]))
+    if any(v in varying for v in vectors if v is not None):
+        return None
+    return _norm(node, cast(Node, x), frozenset(), [(v, 0, 1) for v in vectors if v is not None], vectors[0])
+
+
+def _own_batch_norm(node: Node, varying: frozenset[Node]) -> Family | None:
+    """Batch norm by the statistics of the batch itself: a channel of zeros stays one."""
+    x, *vectors = cast("list[Node | None]", list(node.args[:3]))
+    if any(v in varying for v in vectors if v is not None):
+        return None
+    ndim = len(shape_of(cast(Node, x)))
+    mixed = frozenset(range(ndim)) - {1}
+    links = tuple((v, 0, 1) for v in vectors if v is not None)
+    return Mixing("norm", cast(Node, x), mixed, tuple(range(ndim)), links, vectors[0], keeps_zero=True)
+
+
+def _layer_norm(node: Node, varying: frozenset[Node]) -> Family | None:
+    x = cast(Node, node.args[0])
+    sizes = cast("list[int]", node.args[1])
+    ndim = len(shape_of(x))
+    vectors = [cast("Node | None", argument(node, i, n)) for i, n in ((2, "weight"), (3, "bias"))]
+    if any(v in varying for v in vectors if v is not None):
+        return None
+    mixed = range(ndim - len(sizes), ndim)
+    links = [(v, a - mixed.start, a) for v in vectors if v is not None for a in mixed]
+    return _norm(node, x, frozenset(mixed), links, None)
+
+
+def _rms_norm(node: Node, varying: frozenset[Node]) -> Family | None:
+    x, sizes = cast("tuple[Node, list[int]]", node.args[:2])
+    ndim = len(shape_of(x))
+    weight = cast("Node | None", argument(node, 2, "weight"))
+    if weight in varying:
+        return None
+    mixed = range(ndim - len(sizes), ndim)
+    links = [(weight, a - mixed.start, a) for a in mixed] if weight is not None else []
+    return Mixing("norm", x, frozenset(mixed), tuple(range(ndim)), tuple(links), None, keeps_zero=True)
+
+
+def _group_norm(node: Node, varying: frozenset[Node]) -> Family | None:
+    x = cast(Node, node.args[0])
+    vectors = [cast("Node | None", argument(node, i, n)) for i, n in ((2, "weight"), (3, "bias"))]
+    if any(v in varying for v in vectors if v is not None):
+        return None
+    links = tuple((v, 0, 1) for v in vectors if v is not None)
+    ndim = len(shape_of(x))
+    groups = cast(int, node.args[1])
+    return Mixing("norm", x, frozenset(range(1, ndim)), tuple(range(ndim)), links, groups=groups)
+
+
+def _instance_norm(node: Node, varying: frozenset[Node]) -> Family | None:
+    x, *vectors = cast("list[Node | None]", list(node.args[:5]))
+    if any(v in varying for v in vectors if v is not None):
+        return None
+    spatial = frozenset(range(2, len(shape_of(cast(Node, x)))))
+    return _norm(node, cast(Node, x), spatial, [(v, 0, 1) for v in vectors if v is not None], vectors[0])
+
+
+def _norm(node: Node, x: Node, mixed: frozenset[int], links: list[tuple[Node, int, int]], scale: Node | None) -> Mixing:
+    return Mixing("norm", x, mixed, tuple(range(len(shape_of(x)))), tuple(links), scale)
+
+
+def _weight_norm(node: Node, varying: frozenset[Node]) -> Family | None:
+    v, g = cast("tuple[Node, Node]", node.args[:2])
+    if v in varying or g in varying:
+        return None
+    return NormedWeight((v, g), v, g, cast(int, argument(node, 2, "dim", 0)))
+
+
+def _prelu(node: Node, varying: frozenset[Node]) -> Family | None:
+    x, slope = cast("tuple[Node, Node]", node.args[:2])
+    if slope in varying:
+        return None
+    links = () if shape_of(slope) == (1,) else ((slope, 0, 1),)
+    return Mixing("norm", x, frozenset(), tuple(range(len(shape_of(x)))), links)
+
+
+def _softmax(node: Node, varying: frozenset[Node]) -> Family | None:
+    x, axis = cast("tuple[Node, int]", node.args[:2])
+    ndim = len(shape_of(x))
+    return Mixing("scan", x, frozenset({axis % ndim}), tuple(range(ndim)))
+
+
+_REDUCTIONS = names("mean sum amax amin var std logsumexp all any prod linalg_vector_norm norm")
+_POOLS = names(
+    """
+    max_pool{n}d max_pool{n}d_with_indices avg_pool{n}d adaptive_avg_pool{n}d adaptive_max_pool{n}d
+    _adaptive_avg_pool{n}d lp_pool{n}d upsample_linear{n}d upsample_bilinear{n}d upsample_trilinear{n}d
+    upsample_bicubic{n}d _upsample_bilinear{n}d_aa
+    """
+)
+
+
+def _pool(n: int, node: Node, varying: frozenset[Node]) -> Family | None:
+    """Pool or resize over the last n axes; along an axis with a kernel of one, nothing mixes."""
+    x = node.args[0]
+    if not isinstance(x, Node):
+        return None
+    ndim = len(shape_of(x))
+    kernel = argument(node, 1, "kernel_size") if op_name(node).startswith(("max_pool", "avg_pool")) else None
+    sizes = cast("list[int]", kernel) if isinstance(kernel, list | tuple) and len(kernel) == n else [2] * n
+    mixed = frozenset(a for a, k in zip(range(ndim - n, ndim), sizes, strict=True) if k != 1)
+    return Mixing("pool", x, mixed, tuple(range(ndim)))
+
+
+def _reduction(node: Node, varying: frozenset[Node]) -> Family | None:
+    """``sum(x)`` and ``var(x, unbiased)``, without axes, reduce everything."""
+    x = node.args[0]
+    if not is_tensor(node) or not isinstance(x, Node):
+        return None
+    ndim, arguments = len(shape_of(x)), argument_names(node)
+    given = argument(node, arguments.index("dim"), "dim") if "dim" in arguments else None
+    axes = range(ndim) if given in (None, []) else [given] if isinstance(given, int) else given
+    mixed = frozenset(a % ndim for a in axes)
+    keepdim = len(shape_of(node)) == ndim
+    place = iter(range(ndim))
+    out_axis = tuple(next(place) if keepdim or a not in mixed else None for a in range(ndim))
+    return Mixing("reduction", x, mixed, out_axis, keeps_zero=op_name(node) == "sum")
+
+
+MIXINGS: dict[str, OpRule] = {
+    **dict.fromkeys(("_native_batch_norm_legit_no_training", "batch_norm"), _batch_norm),
+    "_native_batch_norm_legit": _own_batch_norm,
+    "instance_norm": _instance_norm,
+    "layer_norm": _layer_norm,
+    **dict.fromkeys(("rms_norm", "_fused_rms_norm"), _rms_norm),
+    "group_norm": _group_norm,
+    **dict.fromkeys(("_weight_norm", "_weight_norm_interface"), _weight_norm),
+    "prelu": _prelu,
+    **dict.fromkeys(("softmax", "log_softmax", "cumsum"), _softmax),
+    **{name.format(n=n): functools.partial(_pool, n) for name in _POOLS for n in (1, 2, 3)},
+    **dict.fromkeys(_REDUCTIONS, _reduction),
+}
