@@ -16,6 +16,7 @@ from zoo import ZOO
 
 import dgate_wrap as dg
 from dgate_wrap.tracing import Structure, Trace, capture, find_structure
+from dgate_wrap.tracing.branches import last_projections
 
 
 def trace_of(model: nn.Module, *inputs: Tensor) -> tuple[Trace, Structure]:
@@ -150,3 +151,28 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
     assert model.training
     assert not model.norm.training
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+class Turned(nn.Module):
+    """Einsums of one operand, which transpose and sum, and operations called by their other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.multiply(self.a(x), torch.special.expit(self.b(x)))
+        y = torch.einsum("bcn->bc", torch.einsum("bnc->bcn", y))
+        return self.c(torch.concat([y, torch.negative(y).relu()], 1))
+
+
+def test_einsums_of_one_operand_and_aliases_are_as_good_as_what_they_stand_for() -> None:
+    model, x = Turned(), torch.randn(2, 5, 4)
+    trace, structure = trace_of(model, x)
+    labels = structure.channel_labels()
+    assert len(labels["a.weight"].unique()) == 6
+    assert torch.equal(labels["a.weight"], labels["b.weight"])
+    assert watch(trace, structure, labels) > 0
+    assert not structure.barriers
+    found = last_projections(trace, trace.outputs[0].args[0])
+    assert set(found.labels) == {"a.weight", "a.bias"}

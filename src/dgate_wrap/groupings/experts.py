@@ -13,7 +13,7 @@ from ..tracing import Trace
 from ..tracing.branches import Projections, last_projections
 from ..tracing.capture import where
 from ..tracing.families import Barrier, Contraction, Indexing, Mixing, Movement, Pick, Pointwise, Product
-from ..tracing.flow import LIKE, Flow, axis_labels, factors, is_floating, value_inputs
+from ..tracing.flow import LIKE, Flow, axis_labels, is_floating, value_inputs
 from ..tracing.movements import source_indices
 from ..tracing.nodes import op_name, shape_of
 from .branches import Found, is_sum, join, keep_exclusive, nothing_found
@@ -150,19 +150,12 @@ class _Router:
         if isinstance(family, Pointwise) and family.product and len(family.operands) == 2:
             a, b = family.operands
             return [p for value, weight in ((a, b), (b, a)) for p in self._scaled(node, value, weight)]
-        if isinstance(family, Product) and family.addend is None:
-            operands, out = [(family.a, family.a_axes), (family.b, family.b_axes)], family.out_axes
-        elif (einsum := factors(node)) is not None:
-            operands, out = einsum
-        else:
-            return []
-        return [
-            p
-            for weight, own in operands
-            for value, axes in sorted(operands, key=lambda o: o[0] in self.flow.varying)
-            if sum(n in self.flow.varying for n, _ in operands) > 1
-            for p in self._mixed(node, value, weight, axes, own, out)
-        ]
+        if isinstance(family, Product) and family.addend is None and {family.a, family.b} <= self.flow.varying:
+            a, b = (family.a, family.a_axes), (family.b, family.b_axes)
+            return [
+                p for value, weight in ((b, a), (a, b)) for p in self._mixed(node, *value, *weight, family.out_axes)
+            ]
+        return []
 
     def _weighs(self, weight: Node, value: Node) -> bool:
         """Tell whether an operand holds routing weights for what another one holds."""
@@ -183,7 +176,7 @@ class _Router:
             labels = None
         return [_Product(node, value, labels, tuple(axis_labels(value, a) for a in free), False)]
 
-    def _mixed(self, node: Node, value: Node, weight: Node, axes: str, own: str, out: str) -> list[_Product]:
+    def _mixed(self, node: Node, value: Node, axes: str, weight: Node, own: str, out: str) -> list[_Product]:
         """Read a contraction over experts."""
         summed = [c for c in own if c not in out]
         if value is weight or not self._weighs(weight, value) or len(summed) != 1 or summed[0] not in axes:

@@ -33,6 +33,13 @@ def _select(
     return labels or _require(labels, what, structure.reasons(classes, *flags).values(), mend)
 
 
+def _add(labels: dict[str, Tensor], name: str, found: Tensor) -> None:
+    """Add labels of a parameter to those that it has already, which stay."""
+    if bool((found >= 0).any()):
+        old = labels.get(name, found)
+        labels[name] = torch.where(old >= 0, old, found)
+
+
 @register_grouping("channels", needs_trace=True)
 def channels(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
     """Every channel with all weights that make it, coupled from end to end.
@@ -93,9 +100,7 @@ def heads(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
     for s in structure.slots:
         found = structure.sets.find(s.labels)
         found = torch.where(torch.isin(found, mine), together.find(found), -1)
-        if bool((found >= 0).any()):
-            old = labels.get(s.name, torch.full_like(found, -1))
-            labels[s.name] = torch.where(old >= 0, old, found)
+        _add(labels, s.name, found)
     return _require(labels, "attention head", reasons, 'dg.gate(model, "hidden", example_inputs=x)')
 
 
@@ -117,9 +122,7 @@ def input_features(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
     for name, read in reading:
         found = structure.classes(read)
         found = torch.where(torch.isin(found, wanted), found, -1)
-        if bool((found >= 0).any()):
-            old = labels.get(name, torch.full_like(found, -1))
-            labels[name] = torch.where(old >= 0, old, found)
+        _add(labels, name, found)
     reasons = structure.reasons(features, *flags).values()
     return _require(labels, "input feature", reasons, "gate the first layer's columns: groups=dg.Select(..., axis=1)")
 

@@ -38,7 +38,6 @@ from .flow import (
     Flow,
     StuckError,
     axis_labels,
-    factors,
     fit_labels,
     is_floating,
     label_part,
@@ -266,16 +265,12 @@ class _Walk:
 
     @_rule.register
     def _(self, family: Product, node: Node, need: Need, site: Node) -> list[_Piece]:
+        """One zero factor of a product is enough."""
         if "grouped_mm" in op_name(node):
             shape = shape_of(family.b)
             rows = self._rows(family.b, 0) if need is None else labels_along(need, -1).expand(shape)
             return self.of(family.b, rows, site)
-        operands = [(family.a, family.a_axes), (family.b, family.b_axes)]
-        addend = [] if family.addend is None else self.of(family.addend, need, site)
-        return self._factor(operands, family.out_axes, need, site) + addend
-
-    def _factor(self, operands: list[tuple[Node, str]], out: str, need: Need, site: Node) -> list[_Piece]:
-        """One zero factor of an einsum is enough."""
+        out = family.out_axes
 
         def walk(operand: Node, axes: str) -> list[_Piece]:
             if need is None:
@@ -287,9 +282,12 @@ class _Walk:
                 labels = labels if c in kept else labels.unsqueeze(i)
             return self.of(operand, fit_labels(labels, operand, grow=True), site)
 
-        nodes = [n for n, _ in operands]
-        operands = sorted(operands, key=lambda o: self._rank(o[0], [n for n in nodes if n is not o[0]]))
-        return self._first(functools.partial(walk, n, axes) for n, axes in operands)
+        factors = sorted(
+            [(family.a, family.a_axes), (family.b, family.b_axes)],
+            key=lambda f: self._rank(f[0], {family.a, family.b} - {f[0]}),
+        )
+        addend = [] if family.addend is None else self.of(family.addend, need, site)
+        return self._first(functools.partial(walk, n, axes) for n, axes in factors) + addend
 
     @_rule.register
     def _(self, family: Attention, node: Node, need: Need, site: Node) -> list[_Piece]:
@@ -338,7 +336,7 @@ class _Walk:
     def _(self, family: Mixing, node: Node, need: Need, site: Node) -> list[_Piece]:
         if family.kind == "norm":
             return self._norm(family, node, need, site)
-        if family.kind == "pool" or op_name(node) in _ZERO_AT_ZERO:
+        if family.kind == "pool" or family.keeps_zero or op_name(node) in _ZERO_AT_ZERO:
             return self.of(family.x, None if need is None else unmix_labels(family, need), site)
         raise StuckError(f"{operation(node)} of zero is not zero ({where(node)})")
 
@@ -369,8 +367,6 @@ class _Walk:
         inputs = tensor_inputs(node)
         if op_name(node) == "new_zeros" or (op_name(node) == "new_full" and node.args[2] == 0):
             return []
-        if (product := factors(node)) is not None:
-            return self._factor(*product, need, site)
         if op_name(node) in LIKE or (op_name(node) in _ZERO_AT_ZERO and need is None):
             return self.of(inputs[0], need, site)
         raise StuckError(f"{operation(node)} is not known to give zero ({where(node)})")

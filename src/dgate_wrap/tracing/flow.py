@@ -109,18 +109,6 @@ def value_inputs(node: Node) -> list[Node]:
     return list(node.all_input_nodes)[: 1 if name in LIKE else None]
 
 
-def factors(node: Node) -> tuple[list[tuple[Node, str]], str] | None:
-    """Return the operands of an einsum with their letters, and the letters of its result."""
-    if op_name(node) != "einsum":
-        return None
-    equation, operands = cast("tuple[str, list[Node]]", node.args[:2])
-    left, arrow, out = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if not arrow or "." in equation or len(terms) != len(operands) or any(len(set(t)) < len(t) for t in terms):
-        return None
-    return list(zip(operands, terms, strict=True)), out
-
-
 def is_floating(node: Node) -> bool:
     """Tell whether a node gives one tensor of numbers with a fraction: the only ones that weights make."""
     return isinstance(tensor_of(node), Tensor) and (tensor_of(node).is_floating_point() or tensor_of(node).is_complex())

@@ -14,7 +14,8 @@ from .families import Family, Halves, Indexing, Mixing, Movement, OpRule, Pointw
 from .nodes import argument, names, op_name, shape_of, shape_of_value, tensor_inputs, tensor_of
 
 
-def _move(node: Node, varying: frozenset[Node]) -> Family | None:
+def move(node: Node, varying: frozenset[Node]) -> Family | None:
+    """Return the `Movement` of an operation that only moves what it reads."""
     if str(node.target) == "aten.view.dtype":  # other numbers, not the same ones elsewhere
         return None
     inputs = tensor_inputs(node)
@@ -72,7 +73,7 @@ def _repeat(node: Node, varying: frozenset[Node]) -> Family | None:
     x, repeats = cast("tuple[Node, Node | int]", node.args[:2])
     axis = cast("int | None", argument(node, 2, "dim"))
     if not isinstance(repeats, Node):
-        return _move(node, varying)
+        return move(node, varying)
     return None if axis is None else _indexing(node, x, (_axis(x, axis),), (repeats,))
 
 
@@ -151,7 +152,7 @@ _MOVES = names(
 )
 
 MOVEMENTS: dict[str, OpRule] = {
-    **dict.fromkeys(_MOVES, _move),
+    **dict.fromkeys(_MOVES, move),
     **dict.fromkeys(("index", "index_put"), _index),
     **dict.fromkeys(("gather", "index_select"), _choose),
     **dict.fromkeys(("index_copy", "index_add", "scatter", "scatter_add"), _write),

@@ -26,9 +26,11 @@ __all__ = ["describe", "gives_zero", "is_tensor", "shape_of", "source_indices", 
 _ALSO_POINTWISE = names(
     """
     clone contiguous alias detach _to_copy to dropout feature_dropout alpha_dropout lift_fresh_copy zeros_like
-    ones_like full_like empty_like hardswish where masked_fill rsub fill rrelu add mul sub div polar
+    ones_like full_like empty_like hardswish where masked_fill rsub fill rrelu add mul sub div neg abs clamp
+    sigmoid polar
     """
 )
+"""Operations that go element by element and that torch does not tag so; it never tags an alias."""
 _CREATIONS = names(
     """
     zeros ones full arange empty scalar_tensor eye linspace tril_indices triu_indices new_zeros new_ones new_full

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from .families import Attention, Bilinear, Cell, Contraction, Family, Lookup, OpRule, Product, Recurrence
+from .families import Attention, Bilinear, Cell, Contraction, Family, Lookup, Mixing, OpRule, Product, Recurrence
+from .movements import move
 from .nodes import argument, op_name, shape_of, tensor_inputs
 
 
@@ -77,8 +78,10 @@ def _einsum(node: Node, varying: frozenset[Node]) -> Family | None:
     else:
         letters = "".join(terms)
         out = dots + "".join(sorted(c for c in set(letters) if letters.count(c) == 1 and c not in dots))
-    if len(operands) != 2 or any(len(set(t)) < len(t) for t in (*terms, out)):
+    if len(operands) > 2 or any(len(set(t)) < len(t) for t in (*terms, out)):
         return None
+    if len(operands) == 1:
+        return _einsum_of_one(node, varying, operands[0], terms[0], out)
     (a, b), (a_axes, b_axes) = operands, terms
     for x, w, x_axes, w_axes in ((a, b, a_axes, b_axes), (b, a, b_axes, a_axes)):
         summed, made = set(w_axes) & set(x_axes) - set(out), set(w_axes) - set(x_axes)
@@ -89,6 +92,16 @@ def _einsum(node: Node, varying: frozenset[Node]) -> Family | None:
                 _einsum_of(f"{x_axes},{w_axes}->{out}"),
             )  # fmt: skip
     return Product((a, b), a, b, a_axes, b_axes, out)
+
+
+def _einsum_of_one(node: Node, varying: frozenset[Node], x: Node, axes: str, out: str) -> Family | None:
+    """A transposition, or a sum that leaves the other axes in their order."""
+    if len(axes) == len(out):
+        return move(node, varying)
+    if [c for c in axes if c in out] != list(out):
+        return None
+    mixed = frozenset(i for i, c in enumerate(axes) if c not in out)
+    return Mixing("reduction", x, mixed, tuple(out.index(c) if c in out else None for c in axes), keeps_zero=True)
 
 
 def _einsum_of(equation: str) -> Callable[[Tensor, Tensor], Tensor]:
