@@ -152,9 +152,7 @@ class _Router:
             return [p for value, weight in ((a, b), (b, a)) for p in self._scaled(node, value, weight)]
         if isinstance(family, Product) and family.addend is None and {family.a, family.b} <= self.flow.varying:
             a, b = (family.a, family.a_axes), (family.b, family.b_axes)
-            return [
-                p for value, weight in ((b, a), (a, b)) for p in self._mixed(node, *value, *weight, family.out_axes)
-            ]
+            return [p for v, w in ((b, a), (a, b)) for p in self._mixed(node, *v, *w, family.out_axes)]
         return []
 
     def _weighs(self, weight: Node, value: Node) -> bool:

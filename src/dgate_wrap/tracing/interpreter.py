@@ -1,7 +1,7 @@
 """The label interpreter: walk the graph with labels instead of activations, one rule per family of operations.
 
 Labels that must die together are united; whatever meets an operation without a rule is frozen, with the reason. What
-the rules do alike lies below: `words`, `weights`, `products`.
+the rules do alike lies below: `words`, `weights`, `products`, `elements`, `layers`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from .families import (
     Attention,
     Barrier,
     Bilinear,
-    Cell,
     Contraction,
     Creation,
     Family,
@@ -35,9 +34,9 @@ from .families import (
     Ranking,
     Recurrence,
 )
+from .layers import Layers
 from .nodes import is_tensor, op_name, shape_of
-from .operations import gives_zero
-from .products import Products, as_product, summed_by, summed_product
+from .products import as_product, summed_by, summed_product
 from .structure import (
     CONSTANT,
     DATA,
@@ -48,7 +47,6 @@ from .structure import (
     Reader,
     Slot,
     Structure,
-    compact,
     label_of,
     narrow,
     state_of,
@@ -56,7 +54,7 @@ from .structure import (
 from .words import fit
 
 
-class _Interpreter(Products):
+class _Interpreter(Layers):
     """One walk over the graph, with one rule per family of operations."""
 
     def __init__(self, trace: Trace, mixers: frozenset[Node] = frozenset()) -> None:
@@ -140,27 +138,6 @@ class _Interpreter(Products):
             self._couple(parts, axis)
         return None
 
-    @staticmethod
-    def _moved(family: Movement, parts: list[Tensor]) -> list[Tensor]:
-        """Run a movement on words; padding gives constants."""
-        stand_ins = [(narrow(p) - CONSTANT).double().expand(p.shape) for p in parts]
-        try:
-            moved = family.run(stand_ins)
-        except RuntimeError:  # a view of an expanded tensor
-            moved = family.run([s.contiguous() for s in stand_ins])
-        return [compact(m).long() + CONSTANT for m in ([moved] if isinstance(moved, Tensor) else list(moved))]
-
-    def _couple(self, parts: list[Tensor], axis: int) -> None:
-        """Unite pieces that lie side by side along an axis, along the other axes: their sizes must agree."""
-        ndim = max(p.dim() for p in parts)
-        slices: list[Tensor] = []
-        for p in parts:
-            labels = label_of(narrow(p))
-            if p.dim() == ndim and p.numel() and not self._varies(labels, axis):
-                slices.append(labels.amax(axis))
-        for piece in slices[1:]:
-            self.structure.unite(slices[0], piece)
-
     @_label.register
     def _(self, family: Indexing, node: Node) -> None:
         parts = [self._words(n) for n in (family.x, family.source) if n is not None]
@@ -186,23 +163,6 @@ class _Interpreter(Products):
         if family.source is not None and len(family.axes) == 1 and parts[1].dim() == parts[0].dim():
             self._couple(parts, family.axes[0])
         return None
-
-    def _write(self, family: Indexing, node: Node, united: Tensor, written: Tensor) -> None:
-        """What is written or added at unknown positions is united with what lies there."""
-        rest = [a for a in range(united.dim()) if a not in family.axes]
-        tail = written.dim() - len(rest)
-        source = self._unite_over(written, range(max(tail, 0)), self._says(node, "it is written at unknown positions"))
-        shape = [1] * united.dim()
-        for a, n in zip(reversed(rest), reversed(source.shape), strict=False):
-            shape[a] = n
-        source = source.reshape(shape)
-        a, b = label_of(united), label_of(source)
-        self.structure.unite(a, b)
-        top = torch.where(a >= 0, a, b)
-        state = torch.maximum(state_of(united), state_of(source))
-        state = torch.where((united == CONSTANT) & (source >= 0), state_of(source).clamp_min(FIXED), state)
-        data = (united == DATA) | (source == DATA)
-        self._set(node, torch.where(top >= 0, top * 4 + state, torch.where(data, DATA, CONSTANT)))
 
     @_label.register
     def _(self, family: Pointwise, node: Node) -> None:
@@ -235,49 +195,6 @@ class _Interpreter(Products):
         if lively.any():
             self._enliven(out.expand(lively.shape)[lively], self._says(node, "something live is combined with it"))
         self._set(node, torch.where(out >= 0, out * 4 + state, torch.where(data, DATA, CONSTANT)))
-
-    def _reads_outer(self, node: Node, family: Pointwise, i: int, words: list[Tensor]) -> bool:
-        """Tell whether a value times a weight of more axes reads it, as a contraction over nothing, and record it."""
-        operands = family.operands
-        other = operands[1 - i] if len(operands) == 2 else operands[i]
-        found = self._scattered(other, torch.full((), -1)) if other not in self.varying else None
-        if not family.product or not found or operands[i] not in self.varying:
-            return False
-        column = self._unite_over(words[i], [a for a in range(words[i].dim()) if words[1 - i].shape[a] == 1])
-        self._consume(node, column)
-        ndim = len(shape_of(other))
-        read = label_of(column).expand([-1] * column.dim()).reshape(column.shape[column.dim() - ndim :])
-        self._read(node, other, read)
-        words[i] = torch.full_like(words[i], DATA)
-        return True
-
-    @staticmethod
-    def _aligned(words: Tensor, ndim: int) -> Tensor:
-        return words.reshape((1,) * (ndim - words.dim()) + tuple(words.shape))
-
-    def _follows(self, i: int, labels: list[Tensor], real: list[tuple[int, ...]]) -> bool:
-        """Tell whether an operand is broadcast along an axis along which another one's labels differ."""
-        if not bool((labels[i] >= 0).any()):
-            return False
-        for axis, size in enumerate(real[i]):
-            for j, other in enumerate(labels):
-                if j != i and size == 1 and real[j][axis] > 1 and self._varies(other, axis):
-                    return True
-        return False
-
-    def _probe(self, node: Node, family: Pointwise, words: list[Tensor]) -> Tensor:
-        """Return the state of every output by running the real operation: zeros where operands are zero, else noise."""
-        states = torch.stack(torch.broadcast_tensors(*(state_of(w) for w in words))) if words else torch.zeros(1, 1)
-        codes = (states * torch.tensor([3**i for i in range(len(words))]).view(-1, *[1] * (states.dim() - 1))).sum(0)
-        out = torch.zeros(3 ** len(words), dtype=torch.int64)
-        for code in codes.unique().tolist():
-            held = [code // 3**i % 3 for i in range(len(words))]
-            zeros = {n for n, state in zip(family.operands, held, strict=True) if state == ZERO}
-            if zeros and gives_zero(node, family, zeros):
-                out[code] = ZERO
-            else:
-                out[code] = LIVE if LIVE in held else FIXED
-        return out[codes]
 
     # contractions
 
@@ -380,65 +297,6 @@ class _Interpreter(Products):
             rest = [torch.full((), DATA)] * (len(results) - 1)
             self._set(node, [fit(out, tuple(int(n) for n in results[0].shape)), *rest])
 
-    def _normalize(self, family: Mixing, node: Node, words: Tensor) -> Tensor:
-        """Normalize: over the channels it is a width statistic; its affine parameters die with their channels."""
-        words = narrow(words)
-        if family.parameters:
-            channels = sorted({x_axis for _, _, x_axis in family.parameters})
-            words = self._unite_over(words, [a for a in range(words.dim()) if a not in channels])
-        labels = label_of(words)
-        over = any(self._varies(labels, a) for a in family.mixed)
-        if over:
-            self.structure.flag("norm", labels, self._says(node, "it is normalized over the channels"))
-        if over and not family.keeps_zero:
-            self.structure.flag(
-                "centered", labels, self._says(node, "the mean over the channels depends on their number")
-            )
-        state = state_of(words)
-        if over:
-            state = torch.where((state == ZERO) & family.keeps_zero, ZERO, LIVE)
-        elif not family.keeps_zero:
-            state = state.clamp_min(FIXED)
-        states: list[int] = []
-        for parameter, axis, x_axis in family.parameters:
-            others = [a for a in range(labels.dim()) if a != x_axis]
-            top = labels.amax(others) if others else labels
-            states.append(self._adjust(parameter, axis, top.expand(shape_of(parameter)[axis])))
-        affine = [s for s, (n, _, _) in zip(states, family.parameters, strict=True) if self._is_parameter(n)]
-        vectors = len({n for n, _, _ in family.parameters if self._is_parameter(n)})
-        if affine and max(affine) == ZERO and vectors >= (1 if family.keeps_zero or len(family.parameters) == 1 else 2):
-            state = torch.full_like(words, ZERO)
-        lively = (words >= 0) & (state == LIVE)
-        if lively.any():
-            self._enliven(labels[lively], self._says(node, "its normalized value depends on the other channels"))
-        return torch.where(words >= 0, labels * 4 + state, words)
-
-    def _keep_if_constant(self, family: Mixing, node: Node, words: Tensor, axes: list[int]) -> Tensor:
-        """A statistic along axes keeps a label that is constant along them, and loses the others."""
-        words = narrow(words)
-        labels = label_of(words)
-        wide = [a for a in axes if words.shape[a] > 1]
-        if not wide:
-            same, top, data = torch.full_like(labels, True, dtype=torch.bool), labels, words == DATA
-            state = state_of(words)
-        else:
-            found = self.structure.sets.find(labels)
-            top = found.amax(wide, keepdim=True)
-            same = ((found == top) | (words == CONSTANT)).all(dim=tuple(wide), keepdim=True)
-            lost = labels.masked_fill(same.expand(labels.shape), -1)
-            if family.kind == "scan":
-                self.structure.flag("frozen", lost, self._says(node, "it is compared with other channels"))
-            elif not family.keeps_zero:
-                self.structure.flag("norm", lost, self._says(node, "a statistic over the channels"))
-            else:
-                self._consume(node, torch.where(lost >= 0, words, CONSTANT))
-            state = torch.where(words >= 0, state_of(words), ZERO).amax(wide, keepdim=True)
-            data = (words == DATA).any(dim=tuple(wide), keepdim=True)
-            data = data | (lost >= 0).any(dim=tuple(wide), keepdim=True)
-        if (family.kind == "scan" and op_name(node) != "cumsum") or op_name(node) == "logsumexp":
-            state = state.clamp_min(FIXED)
-        return torch.where(same & (top >= 0), top * 4 + state, torch.where(data, DATA, CONSTANT))
-
     @_label.register
     def _(self, family: Lookup, node: Node) -> None:
         width = shape_of(family.table)[1]
@@ -504,40 +362,6 @@ class _Interpreter(Products):
         finals = torch.stack(units).view(len(units), *[1] * (results[1].dim() - 2), -1)
         h = finals if family.layers[0].w_hr is None else torch.full((), DATA)
         return self._set(node, [out, h, *[finals] * (len(results) - 2)])
-
-    def _recur(self, node: Node, family: Recurrence, cell: Cell, column: Tensor) -> tuple[Tensor, Tensor]:
-        """One layer in one direction: return the words of its units, and of what it gives to the next layer."""
-        units = self.structure.sets.mint(shape_of(cell.w_ih)[0] // family.gates)
-        rows = units.repeat(family.gates).view(-1, 1)
-        state = ZERO
-        self._read(node, cell.w_ih, label_of(column).flatten().expand(shape_of(cell.w_ih)[1]).view(1, -1))
-        for w in (cell.w_ih, cell.w_hh):
-            state = max(state, self._produce(node, w, rows, "recurrent", (w, 0)))
-        for b in (cell.b_ih, cell.b_hh):
-            if b is not None:
-                state = max(state, self._adjust(b, 0, rows.flatten()))
-        hidden = units
-        if cell.w_hr is not None:
-            hidden = self.structure.sets.mint(shape_of(cell.w_hr)[0])
-            self._read(node, cell.w_hr, units.view(1, -1))
-            self._produce(node, cell.w_hr, hidden.view(-1, 1), "row", (cell.w_hr, 0))
-        self._read(node, cell.w_hh, hidden.view(1, -1))
-        for s in family.states:
-            state = max(state, self._start(node, s, hidden if s is family.states[0] else units))
-        return units * 4 + state, hidden * 4 + state
-
-    def _start(self, node: Node, state: Node, labels: Tensor) -> int:
-        """Unite an initial state with the units it belongs to; return what it leaves when they are dead."""
-        value = self._constant(state)
-        if isinstance(value, Tensor) and not value.any():
-            return ZERO
-        words = self._words(state)
-        found = self._unite_over(words, range(words.dim() - 1), self._says(node, "its initial state is live")).flatten()
-        self.structure.unite(label_of(found), labels)
-        if bool((found == DATA).any()) or bool((state_of(found) == LIVE).any()):
-            self._enliven(labels, self._says(node, "its initial state is live"))
-            return LIVE
-        return FIXED if bool((found == CONSTANT).any()) else int(state_of(found).max())
 
     @_label.register
     def _(self, family: Halves, node: Node) -> None:
