@@ -70,11 +70,10 @@ def _choose(node: Node, varying: frozenset[Node]) -> Family | None:
 
 
 def _repeat(node: Node, varying: frozenset[Node]) -> Family | None:
-    x, repeats = cast("tuple[Node, Node | int]", node.args[:2])
-    axis = cast("int | None", argument(node, 2, "dim"))
-    if not isinstance(repeats, Node):
+    x, repeats, axis = cast(Node, node.args[0]), argument(node, 1, "repeats"), argument(node, 2, "dim")
+    if isinstance(repeats, int):
         return move(node, varying)
-    return None if axis is None else _indexing(node, x, (_axis(x, axis),), (repeats,))
+    return None if repeats is None or axis is None else _indexing(node, x, (_axis(x, axis),), (repeats,))
 
 
 def _write(node: Node, varying: frozenset[Node]) -> Family | None:
