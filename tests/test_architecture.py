@@ -12,13 +12,14 @@ import dgate_wrap as dg
 ROOT = Path(dg.__file__).parent
 LAYERS = [
     ["errors"],
-    ["labels", "factorization"],
+    ["labels", "factorization", "optimizers"],
     ["tracing"],
     ["gates"],
     ["groupings"],
+    ["verdicts"],
     ["gating", "explain"],
     ["penalty", "costs"],
-    ["diagnostics"],
+    ["diagnostics", "decay"],
     ["pruning"],
     ["export"],
     ["demo"],

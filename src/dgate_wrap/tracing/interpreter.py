@@ -54,7 +54,7 @@ from .structure import (
 from .words import fit
 
 
-class _Interpreter(Layers):
+class Interpreter(Layers):
     """One walk over the graph, with one rule per family of operations."""
 
     def __init__(self, trace: Trace, mixers: frozenset[Node] = frozenset()) -> None:
@@ -383,14 +383,14 @@ _STRUCTURES: weakref.WeakKeyDictionary[Trace, Structure] = weakref.WeakKeyDictio
 def find_structure(trace: Trace) -> Structure:
     """Interpret a trace with labels, and return what they say; asked again for the same trace, the same answer."""
     if trace not in _STRUCTURES:
-        first = _Interpreter(trace)
+        first = Interpreter(trace)
         if first.mixers:
-            _add_token_units(first, _Interpreter(trace, frozenset(first.mixers)))
+            _add_token_units(first, Interpreter(trace, frozenset(first.mixers)))
         _STRUCTURES[trace] = first.structure
     return _STRUCTURES[trace]
 
 
-def _add_token_units(first: _Interpreter, second: _Interpreter) -> None:
+def _add_token_units(first: Interpreter, second: Interpreter) -> None:
     """Add the units between two maps over positions: a position has one label, so a second walk finds them.
 
     There the maps over positions make the channels. Of what it finds, only units that nothing else makes are taken.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,6 +129,14 @@ class HeadSite:
     place: str
 
 
+class Note(NamedTuple):
+    """Labels that have a flag, why, and the position in the graph of the operation that gave it, or -1."""
+
+    labels: Tensor
+    reason: str
+    order: int = -1
+
+
 @dataclass
 class Structure:
     """What the labels say about a traced model.
@@ -138,7 +146,7 @@ class Structure:
         readers: Labels that columns of weights read.
         heads: The value operand of every attention.
         words: Word of every element of every tensor of the graph, before unions: use `classes`.
-        notes: Per flag, labels and the reason: what holds them back, or what they reach.
+        notes: Per flag, what holds labels back, or what they reach.
         barriers: Every operation that froze something it met, with its source line, and how many labels.
     """
 
@@ -146,7 +154,7 @@ class Structure:
     readers: list[Reader] = field(default_factory=list)
     heads: list[HeadSite] = field(default_factory=list)
     words: dict[Node, Any] = field(default_factory=dict)
-    notes: dict[str, list[tuple[Tensor, str]]] = field(default_factory=dict)
+    notes: dict[str, list[Note]] = field(default_factory=dict)
     barriers: dict[str, int] = field(default_factory=dict)
     sets: UnionFind = field(default_factory=UnionFind)
     """Labels that are at one position, whatever the queries and keys that are multiplied with each other say."""
@@ -171,24 +179,24 @@ class Structure:
                 self._all.unite(a, b)
         return self._all.find(labels)
 
-    def flag(self, name: Flag, labels: Tensor, reason: str) -> None:
-        """Flag labels, with the reason."""
+    def flag(self, name: Flag, labels: Tensor, reason: str, order: int = -1) -> None:
+        """Flag labels, with the reason, and the position of the operation that tells it."""
         found = labels[labels >= 0].unique()
         if found.numel():
-            self.notes.setdefault(name, []).append((found, reason))
+            self.notes.setdefault(name, []).append(Note(found, reason, order))
             if name == "frozen":
                 self.barriers[reason] = self.barriers.get(reason, 0) + found.numel()
 
     def flagged(self, *names: Flag) -> set[int]:
         """Return the classes of which any label has any of these flags."""
-        return self.classes_in(labels for name in names for labels, _ in self.notes.get(name, []))
+        return self.classes_in(note.labels for name in names for note in self.notes.get(name, []))
 
     def reasons(self, classes: set[int], *names: Flag) -> dict[int, str]:
         """Return, for each of these classes that has any of these flags, the first reason."""
         out: dict[int, str] = {}
-        for labels, reason in (note for name in names for note in self.notes.get(name, [])):
-            for c in set(self.classes(labels).unique().tolist()) & classes - out.keys():
-                out[c] = reason
+        for note in (note for name in names for note in self.notes.get(name, [])):
+            for c in set(self.classes(note.labels).unique().tolist()) & classes - out.keys():
+                out[c] = note.reason
         return out
 
     def produced(self, *roles: Role) -> set[int]:

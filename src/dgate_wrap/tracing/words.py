@@ -16,7 +16,7 @@ from .capture import Trace, operation, where
 from .families import Contraction, Family
 from .nodes import has_tensors, shape_of
 from .operations import describe, varying_nodes
-from .structure import CONSTANT, DATA, LIVE, ZERO, Slot, Structure, compact, label_of, narrow, state_of
+from .structure import CONSTANT, DATA, LIVE, ZERO, Note, Slot, Structure, compact, label_of, narrow, state_of
 
 
 class Words:
@@ -146,7 +146,7 @@ class Words:
         return torch.where(top >= 0, top * 4 + state, torch.where(data, DATA, CONSTANT))
 
     def _enliven(self, labels: Tensor, why: str) -> None:
-        self.structure.notes.setdefault("enlivened", []).append((labels[labels >= 0].unique(), why))
+        self.structure.notes.setdefault("enlivened", []).append(Note(labels[labels >= 0].unique(), why))
 
     def _consume(self, node: Node, words: Tensor) -> None:
         """A sum over channels reads these words: what is still live there cannot be ignored."""
@@ -154,7 +154,7 @@ class Words:
         live = label_of(words)[(words >= 0) & (words % 4 == LIVE)]
         if live.numel():
             self.structure.flag("live", live, self._says(node, "it is not constant when its weights are zero"))
-        self.structure.flag("read", label_of(words), self._says(node, "a contraction reads it"))
+        self.structure.flag("read", label_of(words), self._says(node, "a contraction reads it"), self.order[node])
 
 
 def laid(t: Tensor, axes: str, target: str) -> Tensor:
