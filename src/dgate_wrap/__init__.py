@@ -5,6 +5,7 @@ on the factors then is the group penalty ``‖w_g‖_2^{2/D}``, and whole groups
 """
 
 from .costs import group_costs
+from .decay import param_groups
 from .diagnostics import Group, Groups, balance_, groups, imbalance, misalignment
 from .errors import (
     DGateError,
@@ -28,7 +29,7 @@ from .gating import gate, ungate
 from .groupings import Grouping, Select, groupings, register_grouping
 from .groupings.registry import unregister_grouping
 from .labels import along, disjoint
-from .penalty import Penalty, group_penalty, param_groups
+from .penalty import Penalty, group_penalty
 from .pruning import PruneReport, prune
 
 __version__ = "0.1.0"

@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from .errors import PenaltyError, PrecisionWarning
 from .factorization import norm_penalty, spread
 from .gates import GatedTensor, Gates, by_gates, omega_squares, require_gated
 from .groupings.select import matches
+from .optimizers import adopt_factors, innermost
 
 Scheme = Literal["uniform", "size", "sqrt_size"]
 GroupWeights = Scheme | Mapping[str, "float | Scheme | Tensor"]
@@ -32,7 +33,7 @@ _SCHEMES: dict[object, float] = {"uniform": 0.0, "sqrt_size": 0.5, "size": 1.0}
 """The power of a group's number of weights that its weight is."""
 
 _appliers: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""γ → weak reference to what applies a penalty to it while an optimizer holds it: a `_StepHook` or `PenaltyGroup`."""
+"""γ → weak reference to the `_Applier` of a penalty to it."""
 
 
 def group_weights(tensors: list[GatedTensor], weights: GroupWeights) -> dict[int, Tensor]:
@@ -235,7 +236,7 @@ class Penalty:
             PenaltyError: If a penalty is applied already, the optimizers lack a factor, or one of them decays
                 factors by itself. Nothing is then attached.
         """
-        optimizers = tuple(_innermost(o) for o in optimizers)
+        optimizers = tuple(innermost(o) for o in optimizers)
         if not optimizers or not all(isinstance(cast(object, o), Optimizer) for o in optimizers):
             raise PenaltyError(
                 f"attach got {', '.join(type(o).__name__ for o in optimizers) or 'nothing'}.",
@@ -247,7 +248,7 @@ class Penalty:
         self._check_covered(optimizers, adopt)
         self._check_decay(optimizers, adopt)
         if adopt:
-            _adopt(optimizers[0], optimizers, [p for p, _ in self._factors if p.requires_grad])
+            adopt_factors(optimizers[0], optimizers, [p for p, _ in self._factors if p.requires_grad])
         hooks = [_StepHook(self, o) for o in optimizers]
         self._hooks = [weakref.ref(hook) for hook in hooks]
         for optimizer, hook in zip(optimizers, hooks, strict=True):
@@ -359,39 +360,17 @@ def _warn_of_16_bits(tensors: list[GatedTensor]) -> None:
         )
 
 
-def _innermost(optimizer: Any) -> Any:
-    """Return the optimizer that really steps: trainers wrap it and keep it as ``optimizer``."""
-    inner = getattr(optimizer, "optimizer", None)
-    wraps = isinstance(optimizer, Optimizer) and "_optimizer_step_pre_hooks" not in vars(optimizer)
-    return _innermost(inner) if wraps and isinstance(inner, Optimizer) else optimizer
+class _Applier(Protocol):
+    """What applies a penalty while an optimizer holds it: a `_StepHook` or a `decay.PenaltyGroup`."""
+
+    how: str
+    active: bool
 
 
-def _adopt(first: Optimizer, optimizers: Iterable[Optimizer], factors: list[nn.Parameter]) -> None:
-    """Add missing factors to an optimizer, and take decayed ones out of weight decay, keeping their other settings."""
-    wanted = {id(p): p for p in factors}
-    for optimizer in optimizers:
-        for group in list(optimizer.param_groups):
-            held = [p for p in group["params"] if id(p) in wanted]
-            for p in held:
-                del wanted[id(p)]
-            if held and group.get("weight_decay"):
-                group["params"] = [p for p in group["params"] if all(p is not h for h in held)]
-                optimizer.add_param_group({**group, "params": held, "weight_decay": 0.0})
-    if wanted and isinstance(first, torch.optim.LBFGS):  # it has one parameter group, of which it remembers the size
-        first.param_groups[0]["params"].extend(wanted.values())
-        first._numel_cache = None  # pyright: ignore[reportAttributeAccessIssue]
-        first.state.clear()
-    elif wanted:
-        extra: dict[str, Any] = {"params": list(wanted.values())}
-        if "weight_decay" in first.defaults:
-            extra["weight_decay"] = 0.0
-        first.add_param_group(extra)
-
-
-def _applier(gammas: list[nn.Parameter]) -> _StepHook | PenaltyGroup | None:
+def _applier(gammas: list[nn.Parameter]) -> _Applier | None:
     """Return what applies a penalty to any of these gates by now."""
     for gamma in gammas:
-        ref = cast("weakref.ref[_StepHook | PenaltyGroup] | None", _appliers.get(gamma))
+        ref = cast("weakref.ref[_Applier] | None", _appliers.get(gamma))
         found = None if ref is None else ref()
         if found is not None and found.active:
             return found
@@ -468,77 +447,6 @@ class _StepHook:
                 theta.grad.add_(theta * ((_beside(c, theta) if isinstance(c, Tensor) else c) * factor))
         for (c, _), (grads, thetas) in plain.items():
             torch._foreach_add_(grads, thetas, alpha=c * cast(float, factor))
-
-
-class PenaltyGroup(dict[str, Any]):
-    """An optimizer's parameter group whose weight decay is the penalty; refuses decoupled decay."""
-
-    how = "as weight decay of an optimizer built from dg.param_groups"
-    active = True
-
-    def setdefault(self, key: str, default: Any = None) -> Any:
-        """Take an optimizer's default, unless it decouples the decay."""
-        if key == "decoupled_weight_decay" and default:
-            raise PenaltyError(
-                "the groups of dg.param_groups were given to an optimizer with decoupled weight decay (as AdamW has).",
-                expected="an optimizer that adds weight_decay · θ to the gradient: SGD, Adam, RMSprop, Adagrad",
-                mend="optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0); "
-                "dg.Penalty(model, lam).attach(optimizer)",
-            )
-        return super().setdefault(key, default)
-
-
-def param_groups(
-    model: nn.Module, lam: float, *, weights: GroupWeights = "uniform", **defaults: Any
-) -> list[dict[str, Any]]:
-    """Return optimizer groups whose ``weight_decay = 2 λ w_g / D`` is the penalty: no extra work in a step.
-
-    For optimizers with coupled decay (SGD, Adam, RMSprop, Adagrad), which add ``weight_decay · θ`` to the gradient.
-    Never for decoupled decay (AdamW, Muon, Adafactor, Lion): that is another objective. Optimizers that flag it are
-    refused.
-
-    Args:
-        model: A gated model.
-        lam: λ, at least 0.
-        weights: Weights of the groups, as in `Penalty`; must be constant within each parameter.
-        defaults: Options of every group (``lr=...``); ``weight_decay`` is that of the ungated parameters only.
-
-    Returns:
-        Groups of the factors, one per distinct decay, and one of all other trainable parameters.
-
-    Raises:
-        NotGatedError: If the model holds no gates.
-        PenaltyError: If λ is negative or not finite, or a parameter is gated in part or with unequal weights, which
-            one weight decay per parameter cannot express.
-
-    Example:
-        >>> import dgate_wrap as dg
-        >>> model = dg.gate(torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3)), "filters", D=2)
-        >>> groups = dg.param_groups(model, lam=1e-3, weight_decay=5e-4)
-        >>> [g["weight_decay"] for g in groups]
-        [0.001, 0.0005]
-        >>> optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-    """
-    penalty = Penalty(model, lam, weights=weights)
-    penalty._refuse_twice()
-    uneven = [penalty._names[id(p)] for p, c in penalty._factors if not isinstance(c, float)]
-    if uneven:
-        raise PenaltyError(
-            f"{_some(uneven)}: some weights are ungated, or groups of one parameter have different weights.",
-            expected="parameters that are gated as a whole and evenly, since an optimizer decays whole parameters",
-            mend="dg.Penalty(model, lam).attach(optimizer)",
-        )
-    by_decay: dict[float, PenaltyGroup] = {}
-    for p, c in penalty._factors:
-        if p.requires_grad:
-            decay = 2 * penalty.lam * cast(float, c)
-            group = by_decay.setdefault(decay, PenaltyGroup({**defaults, "params": [], "weight_decay": decay}))
-            group["params"].append(p)
-            if any(p is g for g in penalty._gammas):
-                _appliers[p] = weakref.ref(group)
-    factors = {id(p) for p, _ in penalty._factors}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
-    return [*by_decay.values(), *([{**defaults, "params": rest}] if rest else [])]
 
 
 def group_penalty(model: nn.Module, lam: float = 1.0, *, weights: GroupWeights = "uniform") -> float:
