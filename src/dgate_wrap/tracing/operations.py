@@ -21,7 +21,7 @@ from .movements import MOVEMENTS, source_indices
 from .nodes import is_random, is_tensor, names, op_name, shape_of, tensor_inputs, tensor_of
 from .sums import SUMS
 
-__all__ = ["describe", "gives_zero", "is_tensor", "shape_of", "source_indices", "varying_nodes"]
+__all__ = ["describe", "gives_zero", "is_tensor", "op_name", "shape_of", "source_indices", "varying_nodes"]
 
 _ALSO_POINTWISE = names(
     """

@@ -85,8 +85,10 @@ def _einsum(node: Node, varying: frozenset[Node]) -> Family | None:
     (a, b), (a_axes, b_axes) = operands, terms
     for x, w, x_axes, w_axes in ((a, b, a_axes, b_axes), (b, a, b_axes, a_axes)):
         summed, made = set(w_axes) & set(x_axes) - set(out), set(w_axes) - set(x_axes)
-        if w not in varying and len(w_axes) == 2 and len(summed) == len(made) == 1 and set(x_axes) - summed < set(out):
-            (k,), (n,) = summed, made
+        if w in varying or len(w_axes) != 2 or not len(summed) == len(made) == 1:
+            continue
+        (k,), (n,) = summed, made
+        if x_axes.replace(k, n) == out:
             return Contraction(
                 x, w, None, x_axes.index(k), w_axes.index(k), w_axes.index(n), out.index(n),
                 _einsum_of(f"{x_axes},{w_axes}->{out}"),
