@@ -63,8 +63,8 @@ def _grouped_mm(node: Node, varying: frozenset[Node]) -> Family | None:
     return Product(tensor_inputs(node), x, weight, "mk", "ekn", "mn")
 
 
-def _einsum(node: Node, varying: frozenset[Node]) -> Family | None:
-    equation, operands = cast("tuple[str, list[Node]]", node.args[:2])
+def _letters(equation: str, operands: list[Node]) -> tuple[list[str], str]:
+    """Return the letters of the operands and of the result of an einsum, with some for ``...``."""
     sides = equation.replace(" ", "").split("->")
     terms = sides[0].split(",")
     spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
@@ -74,10 +74,14 @@ def _einsum(node: Node, varying: frozenset[Node]) -> Family | None:
     dots = "".join(spare[: max(hidden)])
     terms = [t.replace("...", dots[len(dots) - k :]) for t, k in zip(terms, hidden, strict=True)]
     if len(sides) == 2:
-        out = sides[1].replace("...", dots)
-    else:
-        letters = "".join(terms)
-        out = dots + "".join(sorted(c for c in set(letters) if letters.count(c) == 1 and c not in dots))
+        return terms, sides[1].replace("...", dots)
+    letters = "".join(terms)
+    return terms, dots + "".join(sorted(c for c in set(letters) if letters.count(c) == 1 and c not in dots))
+
+
+def _einsum(node: Node, varying: frozenset[Node]) -> Family | None:
+    operands = cast("list[Node]", node.args[1])
+    terms, out = _letters(cast(str, node.args[0]), operands)
     if len(operands) > 2 or any(len(set(t)) < len(t) for t in (*terms, out)):
         return None
     if len(operands) == 1:
