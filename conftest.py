@@ -10,7 +10,8 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--long``."""
-    parser.addoption("--long", action="store_true", help="try every architecture, not a third of those of transformers")
+    told = "try every architecture, not a third of those of transformers, and 100,000 random graphs"
+    parser.addoption("--long", action="store_true", help=told)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -211,7 +211,7 @@ def test_a_module_applied_twice_keeps_constants_that_two_uses_do_not_share() -> 
     assert_equal(model, result.model, torch.randn(2, 4).double(), 1e-12)
 
 
-def test_sizes_written_in_the_code_are_kept_and_reported() -> None:
+def test_sizes_written_in_the_code_are_rewritten_or_kept_and_reported() -> None:
     class Halves(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -229,6 +229,11 @@ def test_sizes_written_in_the_code_are_kept_and_reported() -> None:
     zero_groups(model, "left.weight", [1])
     zero_groups(model, "right.weight", [1])
     result = dg.export(model, torch.randn(2, 4))
+    assert result.model.wide.weight.shape == (9, 4)
+    assert result.report.rewritten == [""]
+    assert_equal(model, result.model, torch.randn(3, 4), 1e-5)
+    result = dg.export(model, torch.randn(2, 4), rewrite=False)
+    assert isinstance(result.model, Halves)
     assert result.model.wide.weight.shape == (12, 4)  # 3 + 6 channels: split(6) could not express it
     assert result.model.left.weight.shape == (4, 6)  # what the split does not see still goes
     assert result.report.frozen

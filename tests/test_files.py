@@ -61,7 +61,7 @@ def test_round_trip_is_bit_equal(exported: dg.Exported, folder: Path) -> None:
     }
     assert str(loaded) == str(exported.model)
     assert exported.plan.new_biases
-    assert exported.plan.groups
+    assert exported.plan.attributes
 
 
 def test_trained_since_export(exported: dg.Exported, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ BROKEN = {
     "no plan": (lambda f: (f / "plan.json").unlink(), "does not exist"),
     "no weights": (lambda f: (f / "weights.safetensors").unlink(), "cannot be read"),
     "bias for a norm": (edit(lambda p: p["new_biases"].append("1"), rehash=True), "no linear layer"),
-    "regrouped norm": (edit(lambda p: p["groups"].update({"1": 2}), rehash=True), "no convolution"),
+    "regrouped norm": (edit(lambda p: p["attributes"].update({"1": {"groups": 2}}), rehash=True), "no integer"),
     "cuts that do not fit": (edit(lambda p: p["cuts"].clear(), rehash=True), "do not fit the plan"),
 }
 

@@ -19,7 +19,7 @@ from .plan import Plan
 from .report import Kept, Report, Size, find_kept, latencies, measure
 from .search import Found, Subject, smallest
 from .selection import reduced
-from .verify import Verifier, to_double
+from .verify import Verifier, run, to_double
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ def _analyse(dense: nn.Module, inputs: Inputs) -> Subject:
     inputs = inputs.map(Tensor.cpu)
     doubled, exact = copy.deepcopy(dense).cpu().double(), inputs.map(to_double)
     try:
+        run(doubled, exact)  # some operations know float32 only
         return Subject.of(doubled, exact)
     except Exception:
         return Subject.of(copy.deepcopy(dense).cpu(), inputs)

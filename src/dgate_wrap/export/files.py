@@ -23,6 +23,7 @@ from ..errors import FileFormatError
 from .api import Exported, signature
 from .plan import Cut, Plan
 from .recipes import Recipe, build_graph
+from .selection import buffers
 
 FORMAT_VERSION = 1
 """Raised with every change that an older version of this library would read wrongly."""
@@ -53,7 +54,9 @@ def save(exported: Exported, folder: str | os.PathLike[str]) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {n: t.detach().cpu().contiguous().clone() for n, t in _state(exported.model).items()}
+    added = buffers(exported.plan.inputs)
+    state = {n: t for n, t in _state(exported.model).items() if n not in added}
+    weights = {n: t.detach().cpu().contiguous().clone() for n, t in state.items()}
     plan: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "torch_version": str(torch.__version__),

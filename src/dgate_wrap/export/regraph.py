@@ -233,10 +233,10 @@ class _Writing:
         """Return a node for a size that is computed from others, as the graph computes it."""
         for node in self.r.symbolic.graph.nodes:
             held = node.meta.get("val")
-            if node.op == "call_function" and isinstance(held, torch.SymInt) and held.node.expr == value.node.expr:
+            same = isinstance(held, torch.SymInt) and held.node.expr == value.node.expr
+            if node.op == "call_function" and same and op_name(node) != "sym_size":
                 args = [self._number(a.meta["val"]) if isinstance(a, Node) else a for a in node.args]
-                if op_name(node) != "sym_size":
-                    return self.graph.call_function(node.target, tuple(args), dict(node.kwargs))
+                return self.graph.call_function(node.target, tuple(args), dict(node.kwargs))
         raise UnwritableError(f"the size {value} cannot be told from its inputs")
 
     # one node
@@ -294,7 +294,8 @@ class _Writing:
             return made
         path = self.r._bias_owner(twin)
         name = f"{path}.bias" if path else "bias"
-        held = self.graph.get_attr(self.names[name])
+        with self.graph.inserting_before(made):
+            held = self.graph.get_attr(self.names[name])
         if op_name(node) == "linear" or op_name(node).startswith("conv"):
             made.args = (*made.args[:2], held, *made.args[3:])
             return made
@@ -415,7 +416,7 @@ def _roll(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> A
 def _pad(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     x = cast(Node, node.args[0])
     ndim = len(x.meta["val"].shape)
-    pads = list(cast("list[Any]", node.args[1]))
+    pads = list(cast("list[Any]", args[1]))
     for i in range(0, len(pads), 2):
         axis = ndim - 1 - i // 2
         kept = w.r.kept(node, axis)

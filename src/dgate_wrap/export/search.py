@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..errors import ExportError
-from ..tracing import Inputs
+from ..tracing import Inputs, capture
 from ..tracing.symbolic import Symbolic, capture_symbolic, is_open
 from .culprits import Call, Culprit, find_culprit, record_calls
 from .facts import Facts
@@ -30,24 +30,25 @@ class Subject:
 
     Args:
         model: A copy of the dense model, in the precision of the analysis.
+        inputs: Example inputs, in that precision.
         facts: Constants and liveness of its graph.
-        symbolic: Its graph with open sizes, if there is one.
+        symbolic: Its graph with open sizes, if it was asked for and there is one.
     """
 
     model: nn.Module
+    inputs: Inputs
     facts: Facts
-    symbolic: Symbolic | None
+    symbolic: Symbolic | None = None
 
     @staticmethod
     def of(model: nn.Module, inputs: Inputs) -> Subject:
         """Trace and analyse a model."""
-        trace, symbolic = capture_symbolic(model, inputs.args, inputs.kwargs)
-        return Subject(model, Facts(trace), symbolic)
+        return Subject(model, inputs, Facts(capture(model, inputs.args, inputs.kwargs)))
 
-    @property
-    def inputs(self) -> Inputs:
-        """The inputs of the trace."""
-        return self.facts.trace.inputs
+    def opened(self) -> Subject:
+        """Trace the model with open sizes too, which takes longer, and analyse that trace."""
+        trace, symbolic = capture_symbolic(self.model, self.inputs.args, self.inputs.kwargs)
+        return self if symbolic is None else Subject(self.model, trace.inputs, Facts(trace), symbolic)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def smallest(dense: nn.Module, subject: Subject, verifier: Verifier, *, rewrite:
         failure = e
     if own is not None and not own.frozen:
         return own
-    if rewrite and subject.symbolic is not None:
+    if rewrite and search.open():
         try:
             rewritten = search.repaired(rewrite=True)
         except ExportError as e:
@@ -101,11 +102,23 @@ def smallest(dense: nn.Module, subject: Subject, verifier: Verifier, *, rewrite:
 
 class _Search:
     def __init__(self, dense: nn.Module, subject: Subject, verifier: Verifier, *, select_inputs: bool) -> None:
-        self.dense, self.subject, self.verifier = dense, subject, verifier
-        self.permissions = Permissions(subject.model, subject.facts.trace, subject.facts.families)
+        self.dense, self.verifier = dense, verifier
+        self._tried_to_open = False
+        self._set(subject)
         self._arguments = frozenset(places(dense, subject.inputs))
         self._select_inputs = select_inputs
+
+    def _set(self, subject: Subject) -> None:
+        self.subject = subject
+        self.permissions = Permissions(subject.model, subject.facts.trace, subject.facts.families)
         self._calls: list[Call] | None = None
+
+    def open(self) -> bool:
+        """Analyse the graph with open sizes; tell whether there is one."""
+        if not self._tried_to_open:
+            self._tried_to_open = True
+            self._set(self.subject.opened())
+        return self.subject.symbolic is not None
 
     @property
     def calls(self) -> list[Call]:
@@ -131,8 +144,8 @@ class _Search:
         source = subject.facts.trace.sources[node]
         if source.name not in self._arguments or not source.value.is_floating_point():
             return False
-        if subject.symbolic is None:
-            return axis > 0
+        if subject.symbolic is None:  # sizes that vary are told from others only if something can be gained
+            return axis > 0 and not self._tried_to_open
         [twin] = [n for n, twin in subject.symbolic.twins.items() if twin is node]
         return not is_open(twin.meta["val"].shape[axis])
 
@@ -152,6 +165,9 @@ class _Search:
         while True:
             widths = self._widths(frozen)
             draft = Draft(*make_plan(widths, self.permissions, select_inputs=self._select_inputs))
+            if draft.plan.inputs and not self._tried_to_open:
+                self.open()
+                continue
             small, exact = self._build(draft.plan, draft.tensors)
             kept = {} if draft.plan.select_inputs else draft.plan.inputs
             try:

@@ -50,6 +50,11 @@ def _buffer(name: str, axis: int) -> str:
     return f"_selected_{name}_{axis}"
 
 
+def buffers(kept: Kept) -> set[str]:
+    """Return the names of the buffers that `SelectInputs` adds."""
+    return {_buffer(name, axis) for name, axes in kept.items() for axis in axes}
+
+
 def reduced(inputs: Inputs, model: nn.Module, kept: Kept) -> Inputs:
     """Return inputs with only what is kept of them."""
     if not kept:

@@ -35,7 +35,7 @@ from ..tracing.families import (
     Ranking,
     Recurrence,
 )
-from ..tracing.operations import is_tensor, shape_of
+from ..tracing.operations import is_tensor, op_name, shape_of
 from .constants import rounding
 from .facts import Facts
 
@@ -349,9 +349,12 @@ class Widths:
 
     @_demand.register
     def _(self, family: Indexing, node: Node) -> None:
+        places = family.moved
+        if op_name(node) in ("gather", "scatter", "scatter_add"):  # an index for every element
+            self._demand_elementwise(family, node)
+            return
         for n in family.indices:
             self._keep_whole(n, NEEDED)
-        places = family.moved
         said = self._says(node, "it may be picked by an index")
         for n in (*places, *([node] if family.same_axes else [])):
             for axis in family.axes if n is not family.source or family.adds else ():
@@ -363,6 +366,19 @@ class Widths:
                         self._link(n, axis, node, axis)
         elif not all(self.full(n) for n in (*places, node)):
             self._move(node, places, [node])
+
+    def _demand_elementwise(self, family: Indexing, node: Node) -> None:
+        """Link the axes that nothing is picked along, of x, the indices, what is written and the result."""
+        said = self._says(node, "it may be picked by an index")
+        everything = [family.x, *family.indices, *([family.source] if family.source is not None else []), node]
+        for axis in range(len(self.keep[node])):
+            even = len({self.keep[n][axis].numel() for n in everything}) == 1
+            for a, b in pairwise(everything):
+                if axis in family.axes or not even:
+                    self._keep_axis(a, axis, said)
+                    self._keep_axis(b, axis, said)
+                else:
+                    self._link(a, axis, b, axis)
 
     @_demand.register
     def _(self, family: Ranking, node: Node) -> None:
@@ -572,15 +588,20 @@ class Widths:
     def _even_out(self, family: Recurrence, node: Node) -> None:
         """Keep the same number of units in every layer and direction."""
         said = self._says(node, "all layers and directions stay equally wide")
-        for keys in (
-            [Units(node, layer) for layer in range(len(family.layers))],
-            [self._ends(family, node, layer) for layer in range(len(family.layers))],
-        ):
-            width = max(1, *(int(self.keep[k][0].sum()) for k in keys)) if len(keys) > 1 else 1
-            for key in keys:
-                kept = self.keep[key][0]
-                free = ~kept
-                self._grow(key, 0, free & (free.cumsum(0) <= width - int(kept.sum())), said)
+        units = [Units(node, layer) for layer in range(len(family.layers))]
+        ends = [self._ends(family, node, layer) for layer in range(len(family.layers))]
+        narrow = self._at_least(ends, 1, said)
+        # torch tells a projection by its being narrower than the units
+        self._at_least(units, narrow + 1 if ends != units else 1, said)
+
+    def _at_least(self, keys: list[Units], width: int, why: int) -> int:
+        """Keep in each of several vectors as many indices as in the widest, and at least ``width``."""
+        width = max(width, *(int(self.keep[k][0].sum()) for k in keys), 1)
+        for key in keys:
+            kept = self.keep[key][0]
+            free = ~kept
+            self._grow(key, 0, free & (free.cumsum(0) <= width - int(kept.sum())), why)
+        return width
 
     def _result_index(self, node: Node, out: Node) -> int:
         family = self.facts.families[out]

@@ -1,0 +1,223 @@
+"""Where a module's code cannot follow a cut: other integers, a forward written anew, or axes that stay whole."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import randomize
+from torch import Tensor, nn
+
+import dgate_wrap as dg
+from dgate_wrap.export.recipes import build_graph, build_tree, describe_graph, describe_tree, match_tree
+
+
+class Attention(nn.Module):
+    """As many write it: the head size is computed from the width of the input."""
+
+    def __init__(self, width: int = 12, heads: int = 3) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, *, causal: bool = True) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).split(width, dim=2)
+        q, k, v = (t.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.dropout(self.out(y.transpose(1, 2).reshape(batch, tokens, width)))
+
+
+class RemembersHeads(Attention):
+    """The same, with sizes that it remembers, and one that only looks like the number of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_size, self.unrelated = 4, 3
+
+    def forward(self, x: Tensor, *, causal: bool = True) -> Tensor:
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*qkv.unbind(0), is_causal=causal)
+        return self.dropout(self.out(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_size)))
+
+
+class Block(nn.Module):
+    def __init__(self, attention: type[Attention] = Attention) -> None:
+        super().__init__()
+        self.norm, self.attention, self.head = nn.LayerNorm(12), attention(), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.attention(self.norm(x)))
+
+
+X = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+
+
+def without_a_head(attention: type[Attention], **options: Any) -> tuple[nn.Module, dg.Exported]:
+    model = Block(attention)
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model, "heads", example_inputs=X)
+    [gates] = {t.gates for t in dg.gates.gated_tensors(model)}
+    with torch.no_grad():
+        gates.gamma[1] = 0
+    return model.eval(), dg.export(model, X, latency=False, **options)
+
+
+def assert_equal(model: nn.Module, small: nn.Module) -> None:
+    for batch, tokens in ((2, 5), (3, 9), (1, 1)):
+        x = torch.randn(batch, tokens, 12, generator=torch.Generator().manual_seed(batch))
+        with torch.no_grad():
+            assert torch.allclose(model(x), small(x), rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_module_that_cannot_follow_is_written_anew() -> None:
+    model, exported = without_a_head(Attention)
+    small = exported.model
+    assert exported.report.rewritten == ["attention"]
+    assert isinstance(small, Block)
+    assert "stands for Attention" in repr(small.attention)
+    assert small.attention.qkv.weight.shape == (24, 12)
+    assert small.attention.out.weight.shape == (12, 8)
+    assert list(small.state_dict()) == list(Block().state_dict())
+    assert_equal(model, small)
+
+
+def test_a_rewritten_model_is_copied_pickled_compiled_and_traced() -> None:
+    model, exported = without_a_head(Attention)
+    for small in (
+        copy.deepcopy(exported.model),
+        pickle.loads(pickle.dumps(exported.model)),
+        torch.export.export(exported.model, (X,)).module(),
+        torch.compile(exported.model, backend="eager", fullgraph=True),
+    ):
+        with torch.no_grad():
+            assert torch.allclose(model(X), small(X), rtol=1e-5, atol=1e-6)
+
+
+def test_a_rewritten_model_trains_with_its_dropout() -> None:
+    _, exported = without_a_head(Attention)
+    small = exported.model.train()
+    assert not torch.equal(small(X), small(X))
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    small(X).square().mean().backward()
+    assert all(p.grad is not None for p in small.parameters())
+    optimizer.step()
+    small.eval()
+    assert torch.equal(small(X), small(X))
+
+
+def test_a_rewritten_model_is_saved_and_loaded_without_code(tmp_path: Path) -> None:
+    _, exported = without_a_head(Attention)
+    dg.save(exported, tmp_path)
+    small = dg.load(tmp_path, Block()).eval()
+    assert torch.equal(small(X), exported.model(X))
+    with pytest.raises(dg.FileFormatError, match="does not have"):
+        build_graph([["x", "call_function", "aten::system.default", [], {"dict": {}}]])
+
+
+def test_a_rewritten_forward_refuses_arguments_that_it_was_not_exported_with() -> None:
+    _, exported = without_a_head(Attention)
+    with pytest.raises(dg.ExportError, match="causal=False"):
+        exported.model.attention(X, causal=False)
+
+
+def test_code_that_remembers_its_sizes_gets_other_integers() -> None:
+    model, exported = without_a_head(RemembersHeads)
+    small = exported.model.attention
+    assert type(small) is RemembersHeads
+    assert (small.heads, small.head_size, small.unrelated) == (2, 4, 3)
+    assert exported.plan.attributes == {"attention": {"heads": 2}}
+    assert exported.report.rewritten == exported.report.frozen == []
+    assert_equal(model, exported.model)
+
+
+def test_without_rewriting_what_the_code_cannot_follow_stays_and_is_named() -> None:
+    model, exported = without_a_head(Attention, rewrite=False)
+    assert type(exported.model.attention) is Attention
+    assert exported.report.frozen == ["attention"]
+    assert exported.report.kept
+    assert_equal(model, exported.model)
+
+
+@pytest.mark.parametrize("select", [True, False])
+def test_dead_features_are_selected_inside_or_not_taken(select: bool, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    x = torch.randn(3, 6)
+    model = dg.gate(build(), "input_features", example_inputs=x)
+    [gates] = {t.gates for t in dg.gates.gated_tensors(model)}
+    with torch.no_grad():
+        gates.gamma[[0, 4]] = 0
+    exported = dg.export(model, x, select_inputs=select, latency=False)
+    assert exported.report.inputs == {"input": {1: [1, 2, 3, 5]}}
+    assert exported.model[0].weight.shape == (4, 4)
+    given = x if select else x[:, [1, 2, 3, 5]]
+    assert torch.allclose(exported.model(given), model(x), atol=1e-6)
+    assert torch.equal(dg.load(dg.save(exported, tmp_path), build())(given), exported.model(given))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_units_go_from_every_layer_and_direction(kind: Any, both: bool, layers: int) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = kind(5, 8, num_layers=layers, bidirectional=both, batch_first=True)
+            self.head = nn.Linear(16 if both else 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x)[0].mean(1))
+
+    x = torch.randn(3, 4, 5)
+    model = dg.gate(Reader(), "rnn", example_inputs=x)
+    for i, gates in enumerate({t.gates: None for t in dg.gates.gated_tensors(model)}):
+        with torch.no_grad():
+            gates.gamma[[(i + j) % 8 for j in range(4)]] = 0
+    small = dg.export(model, x, latency=False).model
+    assert small.rnn.hidden_size == 4
+    new = torch.randn(2, 6, 5)
+    assert torch.allclose(small(new), model(new), atol=1e-6)
+
+
+def test_a_head_with_a_constant_value_goes_and_leaves_its_constant() -> None:
+    model = Block(RemembersHeads)
+    randomize(model, torch.Generator().manual_seed(3))
+    labels = torch.full((36, 1), -1)
+    labels[28:32] = 0  # the value rows of one head; its value bias stays
+    dg.gate(model, {"attention.qkv.weight": labels})
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[0] = 0
+    exported = dg.export(model.eval(), X, latency=False)
+    assert exported.model.attention.heads == 2
+    assert exported.report.folded == ["attention.out.weight: bias"] or exported.report.folded
+    assert_equal(model, exported.model)
+
+
+def test_trees_of_values_keep_their_form() -> None:
+    tensors: list[Tensor] = []
+    value = {"a": (X, [None, True, 2.5]), "b": "text"}
+    tree = json.loads(json.dumps(describe_tree(value, tensors)))
+    found: dict[int, Tensor] = {}
+    assert match_tree(tree, value, found)
+    assert found[0] is X
+    assert build_tree(tree, tensors) == value or build_tree(tree, tensors)["a"][0] is X
+    assert not match_tree(tree, {**value, "b": "other"}, {})
+
+
+def test_graphs_survive_being_written_down() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.ops.aten.full.default, ([2, 3], float("-inf")), {"dtype": torch.float64})
+    graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (x, y)),))
+    again = build_graph(json.loads(json.dumps(describe_graph(graph))))
+    assert str(again) == str(graph)
