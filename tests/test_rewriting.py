@@ -189,6 +189,44 @@ def test_recurrent_units_go_from_every_layer_and_direction(kind: Any, both: bool
     assert torch.allclose(small(new), model(new), atol=1e-6)
 
 
+def test_columns_of_a_table_go_with_what_reads_them() -> None:
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    tokens = torch.randint(0, 11, (2, 5))
+    dg.gate(model, "embedding_dims", example_inputs=tokens)
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[[1, 4, 5]] = 0
+    small = dg.export(model, tokens, latency=False).model
+    assert small[0].weight.shape == (11, 5)
+    assert small[1].weight.shape == (6, 5)
+    assert torch.allclose(small(tokens), model(tokens), atol=1e-6)
+
+
+def test_batch_and_heads_in_one_axis_stay_open() -> None:
+    class Merged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = 3
+            self.q, self.k, self.v, self.out = (nn.Linear(12, 12) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            batch, tokens, width = x.shape
+
+            def split(t: Tensor) -> Tensor:
+                heads = t.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
+                return heads.reshape(batch * self.heads, tokens, width // self.heads)
+
+            scores = torch.bmm(split(self.q(x)), split(self.k(x)).transpose(1, 2)).softmax(-1)
+            y = torch.bmm(scores, split(self.v(x))).view(batch, self.heads, tokens, -1)
+            return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+    model = dg.gate(Merged(), "heads", example_inputs=X)
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[1] = 0
+    small = dg.export(model, X, latency=False).model
+    assert small.out.weight.shape == (12, 8)
+    assert_equal(model, small)
+
+
 def test_a_head_with_a_constant_value_goes_and_leaves_its_constant() -> None:
     model = Block(RemembersHeads)
     randomize(model, torch.Generator().manual_seed(3))

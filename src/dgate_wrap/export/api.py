@@ -27,7 +27,8 @@ class Exported:
     """A smaller dense network, with what was done to get there.
 
     Args:
-        model: A copy of the user's model, of the same classes, ungated and smaller.
+        model: A copy of the user's model, ungated and smaller, of the same classes but for modules that
+            ``report.rewritten`` names.
         plan: What stays of which parameter; `save` writes it.
         report: Sizes before and after, what stayed and why, and the certificate of equality.
         signature: Shapes and dtypes of the original model's parameters and buffers.

@@ -172,10 +172,13 @@ class Constants:
 
     @_unknown.register
     def _(self, family: Lookup, node: Node) -> Any:
-        found, value = self.unknown[family.indices], self.values[node]
+        found, value, table = self.unknown[family.indices], self.values[node], family.table
         if not isinstance(value, Tensor):  # bags of rows, and what the operation notes beside them
             return [full_mask(v, True) for v in value]
-        return found.unsqueeze(-1).expand(value.shape).clone() if value.dim() > found.dim() else full_mask(value, True)
+        if value.dim() <= found.dim():
+            return full_mask(value, True)
+        same = self.steady(table, 0).flatten()  # columns that are the same in every row
+        return (found.unsqueeze(-1) & ~same).expand(value.shape).clone()
 
     @_unknown.register
     def _(self, family: Pick, node: Node) -> Any:

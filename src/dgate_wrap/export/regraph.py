@@ -320,8 +320,13 @@ def _sizes(w: _Writing, node: Node, sizes: list[Any], start: int = 0) -> list[An
     """Return sizes with every number replaced by what is kept of its axis."""
     kept = [w.r.kept(node, start + axis) for axis in range(len(sizes))]
     return [
-        n if n == -1 or (isinstance(n, Node) and k.all()) else int(k.sum()) for n, k in zip(sizes, kept, strict=True)
+        n if n == -1 or (isinstance(n, Node) and k.all()) else _counted(n, k) for n, k in zip(sizes, kept, strict=True)
     ]
+
+
+def _counted(size: Any, kept: Tensor) -> int:
+    """Return how much is kept of an axis; of one of open size, such as batch times heads, let the others tell it."""
+    return -1 if isinstance(size, Node) else int(kept.sum())
 
 
 def _view(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
