@@ -14,7 +14,7 @@ test: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 test: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 test: $(VENV)/dev.stamp
 	pre-commit run --all-files
-	python -m pytest -n 2
+	python -m pytest -n 2 --dist worksteal
 
 # torch first and by itself: once it is there, no later requirement makes pip choose another build of it
 $(VENV)/%.stamp: pyproject.toml constraints.txt
