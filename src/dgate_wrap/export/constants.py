@@ -283,8 +283,8 @@ class Constants:
             for axis in family.axes:
                 out = along(out, axis) | (value != value.narrow(axis, 0, 1))
                 out = along(out, axis).expand(value.shape)
-            for n in places:
-                out = out | (self.unknown[n].any() | bool((self.values[n] != 0).any()) if n is not family.x else False)
+            source = family.source
+            out = out | self.unknown[source].any() | (self.values[source] != 0).any()
         return out
 
     def _choices(self, family: Indexing, node: Node, chosen: bool) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from ..tracing import Inputs
 from ..tracing.capture import evaluating
 from .facts import Facts
+from .plan import Cut, cut_axes
 from .recipes import bind, plain_signature
 from .widths import Widths
 
@@ -124,11 +125,7 @@ class _Values:
         return any(self._same(self._cut(n), y) for n in nodes)
 
     def _cut(self, node: Node) -> Tensor:
-        value = self.facts.values[node]
-        for axis, kept in enumerate(self.widths.keep[node]):
-            if not kept.all():
-                value = value.index_select(axis, kept.nonzero().flatten())
-        return value
+        return Cut((), cut_axes(self.widths.keep[node])).apply(self.facts.values[node])
 
     @staticmethod
     def _same(x: Tensor, y: Tensor) -> bool:

@@ -199,8 +199,6 @@ class Facts(Constants):
                 columns = (self.values[family.layers[layer].w_ih] != 0)[units.repeat(family.gates)].any(0).chunk(dirs)
                 for d in range(dirs):
                     wanted[layer - layer % dirs - dirs + d][0].logical_or_(columns[d])
-                if layer % dirs == 0:
-                    continue
         return wanted
 
     def _reach_back(self, cell: Cell, gates: int, outs: Tensor, units: Tensor) -> None:

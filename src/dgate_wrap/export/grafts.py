@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..tracing.capture import owners
+from ..tracing.capture import all_tensors, owners
 from ..tracing.symbolic import Symbolic
 from .culprits import Call
 from .plan import Draft, Permissions, Plan
@@ -44,9 +44,14 @@ class Grafts:
         self.facts, self._widths = widths.facts, widths
         self._modules = dict(model.named_modules())
         layers = {n: m for n, m in self._modules.items() if isinstance(m, _LAYERS)}
-        self._rewriter = Rewriter(symbolic, widths, plan, permissions.bias_owner, layers)
+        self._rewriter = Rewriter(symbolic, widths, permissions.bias_owner, layers)
         self._first = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
         self._new_biases = plan.new_biases
+        self._spans: dict[str, dict[str, list[Node]]] = {}
+        """Per module, the nodes of each of its calls."""
+        for node in symbolic.graph.nodes:
+            for call, path in owners(node).items() if node.meta.get("val") is not None else ():
+                self._spans.setdefault(path, {}).setdefault(call, []).append(node)
 
     def onto(self, draft: Draft, path: str) -> Draft | None:
         """Write the forward of a module anew, or else of the next one around it; ``None`` if none can be.
@@ -64,7 +69,7 @@ class Grafts:
             return None
         for other, module in self._modules.items():
             alike = type(module) is type(self._modules[step]) and other != step
-            if alike and any(not self._whole(n) for span in self._spans(other) for n in span):
+            if alike and any(not self._whole(n) for span in self._spans.get(other, {}).values() for n in span):
                 with contextlib.suppress(UnwritableError):
                     draft = draft.grafted(other, *self.write(other))
         return draft
@@ -84,7 +89,7 @@ class Grafts:
             UnwritableError: If it cannot be written.
         """
         found = [c for c in self.calls if c.path == path]
-        spans = self._spans(path)
+        spans = list(self._spans.get(path, {}).values())
         if not found or len(found) != len(spans):
             raise UnwritableError(f"{path or 'the model'} is called {len(found)} times, and traced {len(spans)} times")
         try:
@@ -95,15 +100,6 @@ class Grafts:
         if any(other != recipe for other, _ in written[1:]) or (constants and len(written) > 1):
             raise UnwritableError(f"{path or 'the model'} is called several times, and not in the same way")
         return recipe, constants
-
-    def _spans(self, path: str) -> list[list[Node]]:
-        """Return the nodes of every call of a module."""
-        spans: dict[str, list[Node]] = {}
-        for node in self.symbolic.graph.nodes:
-            for call, owner in owners(node).items():
-                if owner == path and node.meta.get("val") is not None:
-                    spans.setdefault(call, []).append(node)
-        return list(spans.values())
 
     def _write(self, path: str, call: Call, nodes: list[Node]) -> tuple[Recipe, dict[str, Tensor]]:
         inside = set(nodes)
@@ -125,9 +121,10 @@ class Grafts:
         used = {n.target for n in part.graph.nodes if n.op == "get_attr"}
         called = {str(n.target) for n in part.graph.nodes if n.op == "call_module"}
         read = {s.name for n, s in self.facts.trace.sources.items() if n.users and s.kind in ("parameter", "buffer")}
-        own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         return [
-            n for n, t in own if self._first[id(t)] in read and n not in used and n.rpartition(".")[0] not in called
+            n
+            for n, t in all_tensors(module)
+            if self._first[id(t)] in read and n not in used and n.rpartition(".")[0] not in called
         ]
 
     def _given(self, x: Tensor, read: set[Node]) -> list[Node]:
@@ -154,8 +151,7 @@ class Grafts:
     def _names(self, path: str) -> dict[str, str]:
         """Return the names of tensors and layers of the whole model as a module sees them."""
         module = self._modules[path]
-        own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        names = {self._first[id(t)]: n for n, t in reversed(own)}
+        names = {self._first[id(t)]: n for n, t in reversed(list(all_tensors(module)))}
         prefix = f"{path}." if path else ""
         names |= {prefix + n: n for n, _ in module.named_modules() if n}
         for owner in self._new_biases:

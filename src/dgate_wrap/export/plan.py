@@ -291,7 +291,7 @@ def make_plan(
                 cuts[name] = Cut((kept.numel(),), {0: _places(kept)})
     inputs: dict[str, dict[int, list[int]]] = {}
     for node, source in facts.trace.sources.items():
-        axes = _cut_axes(widths.keep.get(node, [])) if source.kind == "input" else {}
+        axes = cut_axes(widths.keep.get(node, [])) if source.kind == "input" else {}
         if axes:
             inputs[source.name] = axes
     tensors = {n: cuts[n].apply(t) if n in cuts else t for n, t in state.items() if n in cuts or n in changed}
@@ -322,7 +322,7 @@ def _places(kept: Tensor) -> list[int]:
     return kept.nonzero().flatten().tolist()
 
 
-def _cut_axes(keep: list[Tensor]) -> dict[int, list[int]]:
+def cut_axes(keep: list[Tensor]) -> dict[int, list[int]]:
     """Return the kept indices of every axis that loses some."""
     return {a: _places(k) for a, k in enumerate(keep) if not k.all()}
 
@@ -358,7 +358,7 @@ def _find_cuts(widths: Widths) -> dict[str, Cut]:
     for node, source in widths.facts.trace.sources.items():
         if source.kind not in ("parameter", "buffer") or node not in widths.keep:
             continue
-        shape, axes = tuple(source.value.shape), _cut_axes(widths.keep[node])
+        shape, axes = tuple(source.value.shape), cut_axes(widths.keep[node])
         columns = widths.keep.get(Columns(node))
         if columns is not None and not columns[0].all():
             cuts[source.name] = Cut(shape, axes, grouped[node], _places(columns[0]))

@@ -19,7 +19,6 @@ from ..tracing.families import Contraction, Mixing, Pointwise
 from ..tracing.operations import op_name, shape_of
 from ..tracing.symbolic import Symbolic, is_open
 from .constants import rounding
-from .plan import Plan
 from .widths import Widths
 
 
@@ -46,7 +45,6 @@ class Rewriter:
     Args:
         symbolic: The graph with open sizes, and its twin.
         widths: What is kept of every axis of the twin.
-        plan: What is cut, regrouped and given biases.
         bias_owners: Per contraction without a bias, the layer that is given one.
         layers: Dropout and batch-norm layers by name, which stay themselves, so that training finds them.
     """
@@ -55,11 +53,10 @@ class Rewriter:
         self,
         symbolic: Symbolic,
         widths: Widths,
-        plan: Plan,
         bias_owner: Callable[[Node], str | None],
         layers: Mapping[str, nn.Module],
     ) -> None:
-        self.symbolic, self.widths, self.plan = symbolic, widths, plan
+        self.symbolic, self.widths = symbolic, widths
         self.facts = widths.facts
         self._bias_owner, self._layers = bias_owner, layers
 
@@ -102,6 +99,7 @@ class _Writing:
         self.graph = Graph()
         self.made: dict[Node, Any] = {}
         self.constants: dict[str, Tensor] = {}
+        self._known: dict[Node, Tensor | None] = {}
         self.order = [n for n in nodes if n.op == "call_function"]
 
     def part(self) -> Part:
@@ -136,6 +134,11 @@ class _Writing:
 
     def _constant(self, node: Node) -> Tensor | None:
         """Return the value of a node that does not depend on the inputs any more, with size 1 along open axes."""
+        if node not in self._known:
+            self._known[node] = self._find_constant(node)
+        return self._known[node]
+
+    def _find_constant(self, node: Node) -> Tensor | None:
         twin = self.r.symbolic.twins.get(node)
         if twin is None or twin not in self.facts.varying or not isinstance(self.facts.values.get(twin), Tensor):
             return None
@@ -306,11 +309,7 @@ class _Writing:
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.dtype == b.dtype
-        and len(a.shape) == len(b.shape)
-        and all(str(m) == str(n) for m, n in zip(a.shape, b.shape, strict=True))
-    )
+    return a.dtype == b.dtype and [str(n) for n in a.shape] == [str(n) for n in b.shape]
 
 
 # ---- rules: operations that have sizes written in them ------------------------------------------------------------

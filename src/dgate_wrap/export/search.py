@@ -149,11 +149,17 @@ class _Search:
         [twin] = [n for n, twin in subject.symbolic.twins.items() if twin is node]
         return not is_open(twin.meta["val"].shape[axis])
 
-    def _build(self, plan: Plan, tensors: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]:
-        """Return the smaller network in its own precision, and in that of the analysis."""
-        small, exact = copy.deepcopy(self.dense), copy.deepcopy(self.subject.model)
-        own = {n: t.to(_like(self.dense, n, t)) for n, t in tensors.items()}
-        return plan.apply(small, own), plan.apply(exact, tensors)
+    def _proven(self, draft: Draft, widths: Widths, frozen: Frozen) -> Found:
+        """Make the smaller network, in its own precision and in that of the analysis, and require that it is equal."""
+        plan = draft.plan
+        own = {n: t.to(_like(self.dense, n, t)) for n, t in draft.tensors.items()}
+        small, exact = plan.apply(copy.deepcopy(self.dense), own), self._exact(draft)
+        kept = {} if plan.select_inputs else plan.inputs
+        return Found(small, widths, plan, self.verifier.check(small, exact, kept), frozen)
+
+    def _exact(self, draft: Draft) -> nn.Module:
+        """Make the smaller network in the precision of the analysis."""
+        return draft.plan.apply(copy.deepcopy(self.subject.model), draft.tensors)
 
     def repaired(self, *, rewrite: bool) -> Found:
         """Repair one module after the other, until the network is equal.
@@ -168,23 +174,16 @@ class _Search:
             if draft.plan.inputs and not self._tried_to_open:
                 self.open()
                 continue
-            small, exact = self._build(draft.plan, draft.tensors)
-            kept = {} if draft.plan.select_inputs else draft.plan.inputs
             try:
-                return Found(small, widths, draft.plan, self.verifier.check(small, exact, kept), frozen)
+                return self._proven(draft, widths, frozen)
             except ExportError as e:
                 failure = e
-            del small, exact
             try:
                 draft, culprit = self._repair(draft, widths, rewrite=rewrite)
             except Exception:  # the model does not run in the precision of the analysis
                 raise failure from None
             if culprit is None:
-                small, exact = self._build(draft.plan, draft.tensors)
-                try:
-                    return Found(small, widths, draft.plan, self.verifier.check(small, exact, kept), frozen)
-                except ExportError as e:
-                    raise e from failure
+                return self._proven(draft, widths, frozen)
             colder = self._colder(frozen, culprit.path)
             if colder is None:
                 raise failure
@@ -209,8 +208,8 @@ class _Search:
         symbolic = self.subject.symbolic if rewrite else None
         model, permissions = self.subject.model, self.permissions
         grafts = Grafts(model, symbolic, widths, draft.plan, permissions, self.calls) if symbolic else None
-        while (culprit := self._culprit(draft, widths, self.calls)) is not None:
-            better = self._with_integers(draft, culprit, integers, widths, self.calls)
+        while (culprit := self._culprit(draft, widths)) is not None:
+            better = self._with_integers(draft, culprit, integers, widths)
             if better is None and grafts is not None:
                 better = grafts.onto(draft, culprit.path)
             if better is None:
@@ -218,19 +217,16 @@ class _Search:
             draft = better
         return draft, culprit
 
-    def _culprit(self, draft: Draft, widths: Widths, calls: list[Call]) -> Culprit | None:
-        exact = draft.plan.apply(copy.deepcopy(self.subject.model), draft.tensors)
+    def _culprit(self, draft: Draft, widths: Widths) -> Culprit | None:
         inputs = self.subject.inputs
         inputs = inputs if draft.plan.select_inputs else reduced(inputs, self.dense, draft.plan.inputs)
-        return find_culprit(exact, inputs, self.subject.facts, widths, calls)
+        return find_culprit(self._exact(draft), inputs, self.subject.facts, widths, self.calls)
 
-    def _with_integers(
-        self, draft: Draft, culprit: Culprit, integers: Integers, widths: Widths, calls: list[Call]
-    ) -> Draft | None:
+    def _with_integers(self, draft: Draft, culprit: Culprit, integers: Integers, widths: Widths) -> Draft | None:
         """Set the integers that a module remembers, and those alike, so that it does not fail any more."""
 
         def helps(patch: Patch) -> bool:
-            found = self._culprit(draft.patched(patch), widths, calls)
+            found = self._culprit(draft.patched(patch), widths)
             return found is None or (found.path != culprit.path and found.done >= culprit.done)
 
         for patch in integers.guesses(culprit.path):

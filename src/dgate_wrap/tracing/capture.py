@@ -224,7 +224,7 @@ def capture(model: nn.Module, example_inputs: object, example_kwargs: Mapping[st
         TraceError: If the inputs are missing or do not fit the model, or its forward is not made of torch operations.
     """
     inputs = normalize_inputs(example_inputs, example_kwargs)
-    if lazy := [n for n, t in _all_tensors(model) if is_lazy(t)]:
+    if lazy := [n for n, t in all_tensors(model) if is_lazy(t)]:
         raise TraceError(
             f"{type(model).__name__} has no shapes yet: {', '.join(lazy)}.",
             expected="a model whose parameters all exist",
@@ -309,7 +309,7 @@ def trace_of(
     sources: dict[Node, Source] = {}
     leaves = iter(zip(_input_names(model, inputs), inputs.leaves(), strict=True))
     first: dict[int, str] = {}
-    alias = {n: first.setdefault(id(t), n) for n, t in _all_tensors(model)}
+    alias = {n: first.setdefault(id(t), n) for n, t in all_tensors(model)}
     owners = {_geometry(p): (n, p) for n, p in model.named_parameters()}
     storages = {storage_of(p): n for n, p in model.named_parameters()}
     placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
@@ -524,7 +524,7 @@ def _innermost(error: BaseException | None) -> Spot | None:
     return None
 
 
-def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield parameters and buffers under all of their names, a tied one several times."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
