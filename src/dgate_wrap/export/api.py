@@ -202,5 +202,16 @@ def _report(
         found.certificate,
         sorted(found.frozen.reshapes | found.frozen.modules),
         sorted(plan.recipes),
+        _gone(dense, small),
         dict(plan.inputs),
     )
+
+
+def _gone(dense: nn.Module, small: nn.Module) -> list[str]:
+    """Return the outermost modules all of whose parameters are gone."""
+    left = {f"{n}." for n, _ in small.named_parameters(remove_duplicate=False)}
+    found: list[str] = []
+    for path, module in dense.named_modules(remove_duplicate=False):
+        if path and next(module.parameters(), None) is not None and not any(path.startswith(f"{p}.") for p in found):
+            found += [path] * (not any(n.startswith(f"{path}.") for n in left))
+    return found

@@ -104,7 +104,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     _check_model(plan, model)
     parsed = Plan(
         {n: _cut(c) for n, c in plan["cuts"].items()},
-        {n: {k: int(v) for k, v in values.items()} for n, values in plan["attributes"].items()},
+        {n: dict(values) for n, values in plan["attributes"].items()},
         list(plan["new_biases"]),
         {p: Recipe(**r) for p, r in plan.get("recipes", {}).items()},
         {n: {int(a): list(kept) for a, kept in axes.items()} for n, axes in plan.get("inputs", {}).items()},
@@ -209,9 +209,9 @@ def _check_weights(plan: Plan, weights: dict[str, Tensor], model: nn.Module) -> 
             )
         expected[bias] = tuple(weights[bias].shape) if bias in weights else ()
     for name, values in plan.attributes.items():
-        for attribute in values:
-            if type(getattr(modules.get(name), attribute, None)) is not int:
-                raise _bad(f"the plan sets {name}.{attribute}, which is no integer here.", "a plan of this model")
+        for attribute, value in values.items():
+            if type(getattr(modules.get(name), attribute, None)) is not type(value):
+                raise _bad(f"the plan sets {name}.{attribute}, which is another thing here.", "a plan of this model")
     for path, recipe in plan.recipes.items():
         prefix = f"{path}." if path else ""
         for name in recipe.drops:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.fx import Node
 from ..tracing.capture import all_tensors, owners
 from ..tracing.symbolic import Symbolic
 from .culprits import Call
+from .dead import Branch
 from .plan import Draft, Permissions, Plan
 from .recipes import Recipe, UndescribableError, describe_graph, describe_tree
 from .regraph import Part, Rewriter, UnwritableError
@@ -44,7 +46,7 @@ class Grafts:
         self.facts, self._widths = widths.facts, widths
         self._modules = dict(model.named_modules())
         layers = {n: m for n, m in self._modules.items() if isinstance(m, _LAYERS)}
-        self._rewriter = Rewriter(symbolic, widths, permissions.bias_owner, layers)
+        self._rewriter = Rewriter(symbolic, widths, permissions, layers)
         self._first = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
         self._new_biases = plan.new_biases
         self._spans: dict[str, dict[str, list[Node]]] = {}
@@ -72,6 +74,20 @@ class Grafts:
             if alike and any(not self._whole(n) for span in self._spans.get(other, {}).values() for n in span):
                 with contextlib.suppress(UnwritableError):
                     draft = draft.grafted(other, *self.write(other))
+        return draft
+
+    def without(self, draft: Draft, branches: Iterable[Branch]) -> Draft:
+        """Leave dead branches out: of the module in which they meet something alive, or each for the constant it is."""
+        for branch in branches:
+            if branch.meets is not None:
+                try:
+                    draft = draft.grafted(branch.meets, *self.write(branch.meets))
+                    continue
+                except UnwritableError:
+                    pass
+            for path in branch.paths:
+                with contextlib.suppress(UnwritableError):
+                    draft = draft.grafted(path, *self.write(path))
         return draft
 
     def _whole(self, node: Node) -> bool:
@@ -116,16 +132,19 @@ class Grafts:
         return Recipe(describe_graph(part.graph), takes, gives, shapes, self._drops(path, part)), part.constants
 
     def _drops(self, path: str, part: Part) -> list[str]:
-        """Return the tensors of a module that its code reads and its new forward does not."""
+        """Return the tensors of a module that its code reads and its new forward does not.
+
+        What a layer holds beside them, such as the number of batches seen, goes with the last one of them.
+        """
         module = self._modules[path]
         used = {n.target for n in part.graph.nodes if n.op == "get_attr"}
         called = {str(n.target) for n in part.graph.nodes if n.op == "call_module"}
         read = {s.name for n, s in self.facts.trace.sources.items() if n.users and s.kind in ("parameter", "buffer")}
-        return [
-            n
-            for n, t in all_tensors(module)
-            if self._first[id(t)] in read and n not in used and n.rpartition(".")[0] not in called
-        ]
+        stays = {n: n in used or n.rpartition(".")[0] in called for n, _ in all_tensors(module)}
+        names = [n for n, t in all_tensors(module) if self._first[id(t)] in read]
+        left = {n.rpartition(".")[0] for n in names if stays[n]}
+        emptied = {n.rpartition(".")[0] for n in names} - left - {""}
+        return [n for n in stays if not stays[n] and (n in names or n.rpartition(".")[0] in emptied)]
 
     def _given(self, x: Tensor, read: set[Node]) -> list[Node]:
         """Return the nodes that a module reads from outside and that have the value of an argument."""

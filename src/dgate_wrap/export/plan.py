@@ -68,7 +68,7 @@ class Plan:
 
     Args:
         cuts: Per parameter or buffer (first name), what stays of it; those that stay whole are left out.
-        attributes: Per module, the integers it remembers that become others: groups, channels, heads.
+        attributes: Per module, the numbers it remembers that become others: groups, channels, heads, epsilons.
         new_biases: Linear layers and convolutions that get a bias, to hold folded constants.
         recipes: Per module whose forward is written anew, how.
         inputs: Per argument of the forward that loses some: per axis, its kept indices.
@@ -76,7 +76,7 @@ class Plan:
     """
 
     cuts: dict[str, Cut]
-    attributes: dict[str, dict[str, int]]
+    attributes: dict[str, dict[str, int | float]]
     new_biases: list[str]
     recipes: dict[str, Recipe] = field(default_factory=dict[str, Recipe])
     inputs: dict[str, dict[int, list[int]]] = field(default_factory=dict[str, dict[int, list[int]]])
@@ -252,10 +252,20 @@ class Permissions:
         """Tell whether the weight of a contraction may be changed."""
         return self._free_parameter(cast(Contraction, self._families[node]).weight)
 
+    def can_rescale(self, node: Node) -> bool:
+        """Tell whether the weight and the epsilon of a normalization may be changed: those of a layer called once."""
+        family, path = self._families[node], owner(node)
+        stock = path is not None and type(self._modules.get(path)) is nn.RMSNorm
+        return stock and isinstance(family, Mixing) and any(self._free_parameter(n) for n, _, _ in family.parameters)
+
     def stock_owner(self, node: Node) -> str | None:
         """Return the stock layer whose forward made a node, or ``None``."""
         path = owner(node)
         return path if path is not None and isinstance(self._modules.get(path), _SIZED) else None
+
+    def epsilon(self, path: str) -> float | None:
+        """Return the epsilon of a normalization."""
+        return cast(Any, self._modules[path]).eps
 
     def remembers(self, path: str) -> frozenset[str]:
         """Return the names under which a stock layer remembers sizes that the shapes of its tensors may not tell."""
@@ -296,12 +306,14 @@ def make_plan(
             inputs[source.name] = axes
     tensors = {n: cuts[n].apply(t) if n in cuts else t for n, t in state.items() if n in cuts or n in changed}
     attributes = _find_attributes(widths, permissions)
+    for path, epsilon in _rescale(widths, permissions, tensors).items():
+        attributes.setdefault(path, {})["eps"] = epsilon
     return Plan(cuts, attributes, new_biases, inputs=inputs, select_inputs=select_inputs), tensors
 
 
-def _find_attributes(widths: Widths, permissions: Permissions) -> dict[str, dict[str, int]]:
+def _find_attributes(widths: Widths, permissions: Permissions) -> dict[str, dict[str, int | float]]:
     """Return the sizes that stock layers remember, where no tensor of theirs tells them."""
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, int | float]] = {}
     for node, family in widths.facts.families.items():
         if not isinstance(family, Contraction | Mixing) or (path := permissions.stock_owner(node)) is None:
             continue
@@ -316,6 +328,31 @@ def _find_attributes(widths: Widths, permissions: Permissions) -> dict[str, dict
         if any(n in names for n in values):
             found[path] = {n: v for n, v in values.items() if n in names}
     return found
+
+
+def _rescale(widths: Widths, permissions: Permissions, tensors: dict[str, Tensor]) -> dict[str, float]:
+    """Multiply the weights of normalizations by what makes up for zeros that are not counted any more, in place.
+
+    The mean of squares of k elements is n / k times that of those and n - k zeros. With n / k times the epsilon, the
+    normalized value is therefore √(k / n) times what it was.
+
+    Returns:
+        Per layer, its new epsilon; of one that takes it from its dtype, none.
+    """
+    epsilons: dict[str, float] = {}
+    for node, family in widths.facts.families.items():
+        if not isinstance(family, Mixing) or not (family.averages and permissions.can_rescale(node)):
+            continue
+        share = widths.share(family.x, family.mixed)
+        if share == 1:
+            continue
+        path = cast(str, owner(node))
+        weight = widths.facts.trace.sources[family.parameters[0][0]].name
+        tensors[weight] = tensors[weight] * share**-0.5
+        epsilon = permissions.epsilon(path)
+        if epsilon is not None:
+            epsilons[path] = epsilon / share
+    return epsilons
 
 
 def _places(kept: Tensor) -> list[int]:

@@ -218,8 +218,9 @@ class Recipe:
 class Rewritten(nn.Module):
     """A module of the user's whose forward is a graph, since its own code cannot follow the smaller tensors.
 
-    It has the parameters, buffers, submodules and attributes of the module that it stands for, under their names. Its
-    forward takes the same arguments; those that are no tensors must be what they were when it was exported.
+    It has the attributes of the module that it stands for, and those of its parameters, buffers and submodules that it
+    needs, under their names. Its forward takes the same arguments; those that are no tensors must be what they were
+    when it was exported.
 
     Args:
         original: The module that it stands for.
@@ -247,6 +248,17 @@ class Rewritten(nn.Module):
             holder = self.get_submodule(owner)
             holder._parameters.pop(leaf, None)
             holder._buffers.pop(leaf, None)
+        self._forget_idle()
+
+    def _forget_idle(self) -> None:
+        """Drop submodules that have no tensors and are not called."""
+        called = [f"{target}." for _, op, target, *_ in self.recipe.steps if op == "call_module"]
+        modules = dict(self.named_modules())
+        for path in sorted(modules, key=len, reverse=True)[:-1]:
+            held = [*modules[path].parameters(), *modules[path].buffers()]
+            if not held and not any(c.startswith(f"{path}.") or f"{path}.".startswith(c) for c in called):
+                parent, _, leaf = path.rpartition(".")
+                modules[parent]._modules.pop(leaf, None)
 
     def extra_repr(self) -> str:
         """Show which class it stands for in ``print(model)``."""

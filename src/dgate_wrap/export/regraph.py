@@ -19,6 +19,7 @@ from ..tracing.families import Contraction, Mixing, Pointwise
 from ..tracing.operations import op_name, shape_of
 from ..tracing.symbolic import Symbolic, is_open
 from .constants import rounding
+from .plan import Permissions
 from .widths import Widths
 
 
@@ -45,7 +46,7 @@ class Rewriter:
     Args:
         symbolic: The graph with open sizes, and its twin.
         widths: What is kept of every axis of the twin.
-        bias_owners: Per contraction without a bias, the layer that is given one.
+        permissions: What may be changed.
         layers: Dropout and batch-norm layers by name, which stay themselves, so that training finds them.
     """
 
@@ -53,12 +54,12 @@ class Rewriter:
         self,
         symbolic: Symbolic,
         widths: Widths,
-        bias_owner: Callable[[Node], str | None],
+        permissions: Permissions,
         layers: Mapping[str, nn.Module],
     ) -> None:
         self.symbolic, self.widths = symbolic, widths
         self.facts = widths.facts
-        self._bias_owner, self._layers = bias_owner, layers
+        self.permissions, self._layers = permissions, layers
 
     def write(self, nodes: list[Node], inputs: list[list[Node]], outputs: list[Node], names: Mapping[str, str]) -> Part:
         """Write a part.
@@ -295,7 +296,7 @@ class _Writing:
         fold = self.r.widths.folds.get(twin)
         if not isinstance(family, Contraction) or family.bias is not None or fold is None or fold.carrier is not None:
             return made
-        path = self.r._bias_owner(twin)
+        path = self.r.permissions.bias_owner(twin)
         name = f"{path}.bias" if path else "bias"
         with self.graph.inserting_before(made):
             held = self.graph.get_attr(self.names[name])
@@ -462,6 +463,36 @@ def _attention(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any])
         kwargs["scale"] = shape_of(w.r.twin(query))[-1] ** -0.5
 
 
+def _mean(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """Divide by how many there were."""
+    share = _share(w, node)
+    if share == 1:
+        return None
+    made = w.graph.call_function(cast(Any, node.target), tuple(args), kwargs)
+    return w.graph.call_function(torch.ops.aten.mul.Tensor, (made, share))
+
+
+def _rms_norm(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """Take the mean of squares over how many there were, as `Plan` does for the layers that may be changed."""
+    share = _share(w, node)
+    if share == 1:
+        return None
+    sizes = cast("list[int]", args[1])
+    args[1] = _sizes(w, node, sizes, len(shape_of(w.r.twin(node))) - len(sizes))
+    if len(args) > 3 and args[3] is not None:
+        args[3] = args[3] / share
+    made = w.graph.call_function(cast(Any, node.target), tuple(args), kwargs)
+    if w.r.permissions.can_rescale(w.r.twin(node)):
+        return made
+    return w.graph.call_function(torch.ops.aten.mul.Tensor, (made, share**-0.5))
+
+
+def _share(w: _Writing, node: Node) -> float:
+    """Return which share of what an operation averages over stays."""
+    family = w.facts.families[w.r.twin(node)]
+    return w.r.widths.share(family.x, family.mixed) if isinstance(family, Mixing) else 1.0
+
+
 _RULES: dict[str, Callable[[_Writing, Node, list[Any], dict[str, Any]], Any]] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape"), _view),
     **dict.fromkeys(("expand", "new_zeros", "new_ones", "new_full", "new_empty"), _sized(1)),
@@ -478,5 +509,7 @@ _RULES: dict[str, Callable[[_Writing, Node, list[Any], dict[str, Any]], Any]] = 
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _regroup(6)),
     "convolution": _regroup(8),
     "group_norm": _regroup(1),
+    "mean": _mean,
+    "rms_norm": _rms_norm,
     "scaled_dot_product_attention": _attention,
 }

@@ -65,6 +65,7 @@ class Report:
         certificate: What was compared, and the largest differences.
         frozen: Modules in whose code sizes are written that had to stay whole.
         rewritten: Modules whose forward was written anew as a graph.
+        gone: Modules that are gone with all their parameters: dead branches.
         inputs: Per input of which only some features are needed: per axis, their indices.
     """
 
@@ -78,6 +79,7 @@ class Report:
     certificate: Certificate
     frozen: list[str] = field(default_factory=list[str])
     rewritten: list[str] = field(default_factory=list[str])
+    gone: list[str] = field(default_factory=list[str])
     inputs: dict[str, dict[int, list[int]]] = field(default_factory=dict[str, dict[int, list[int]]])
 
     @property
@@ -105,6 +107,8 @@ class Report:
             lines.append(
                 f"forwards written anew as graphs: {', '.join(p or 'the whole model' for p in self.rewritten)}"
             )
+        if self.gone:
+            lines.append(f"gone with all their parameters: {', '.join(self.gone)}")
         return "\n".join(lines)
 
 

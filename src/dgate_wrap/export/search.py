@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ..errors import ExportError
 from ..tracing import Inputs, capture
 from ..tracing.symbolic import Symbolic, capture_symbolic, is_open
 from .culprits import Call, Culprit, find_culprit, record_calls
+from .dead import Branch, find_dead
 from .facts import Facts
 from .grafts import Grafts
 from .integers import Integers, Patch
@@ -84,7 +86,8 @@ def smallest(dense: nn.Module, subject: Subject, verifier: Verifier, *, rewrite:
         own = search.repaired(rewrite=False)
     except ExportError as e:
         failure = e
-    if own is not None and not own.frozen:
+    dead = bool(find_dead(search.subject.facts)) if rewrite else False
+    if own is not None and not (own.frozen or own.widths.held_by_code or dead):
         return own
     if rewrite and search.open():
         try:
@@ -92,7 +95,7 @@ def smallest(dense: nn.Module, subject: Subject, verifier: Verifier, *, rewrite:
         except ExportError as e:
             failure = failure or e
         else:
-            if own is None or rewritten.size <= _WORTH * own.size:
+            if own is None or rewritten.size < (own.size if dead else _WORTH * own.size):
                 return rewritten
     if own is None:
         assert failure is not None
@@ -127,14 +130,16 @@ class _Search:
             self._calls = record_calls(self.subject.model, self.subject.inputs)
         return self._calls
 
-    def _widths(self, frozen: Frozen) -> Widths:
+    def _widths(self, frozen: Frozen, *, rewrite: bool) -> Widths:
         p = self.permissions
         return Widths(
             self.subject.facts,
             can_bias=p.can_bias,
             can_carry=p.can_carry,
             can_regroup=p.can_regroup,
+            can_rescale=p.can_rescale,
             can_select=self._can_select,
+            rewrite=rewrite,
             frozen=frozen,
         )
 
@@ -169,25 +174,66 @@ class _Search:
         """
         frozen = Frozen()
         while True:
-            widths = self._widths(frozen)
-            draft = Draft(*make_plan(widths, self.permissions, select_inputs=self._select_inputs))
-            if draft.plan.inputs and not self._tried_to_open:
+            widths = self._widths(frozen, rewrite=rewrite)
+            plain = Draft(*make_plan(widths, self.permissions, select_inputs=self._select_inputs))
+            if plain.plan.inputs and not self._tried_to_open:
                 self.open()
                 continue
+            found = self._first_proven(plain, widths, frozen, rewrite=rewrite)
+            if isinstance(found, Found):
+                return found
+            culprit, failure = found
+            colder = self._colder(frozen, culprit.path)
+            if colder is None:
+                raise failure
+            frozen = colder
+
+    def _first_proven(
+        self, plain: Draft, widths: Widths, frozen: Frozen, *, rewrite: bool
+    ) -> Found | tuple[Culprit, ExportError]:
+        """Return the boldest network that is equal; or else what fails in the plainest.
+
+        Raises:
+            ExportError: If the network is not equal though none of its modules fails.
+        """
+        grafts = self._grafts(widths, plain) if rewrite else None
+        drafts = [*self._without_dead(plain, grafts), plain]
+        while True:
+            draft = drafts.pop(0)
             try:
                 return self._proven(draft, widths, frozen)
             except ExportError as e:
                 failure = e
             try:
-                draft, culprit = self._repair(draft, widths, rewrite=rewrite)
+                draft, culprit = self._repair(draft, widths, grafts)
             except Exception:  # the model does not run in the precision of the analysis
-                raise failure from None
-            if culprit is None:
-                return self._proven(draft, widths, frozen)
-            colder = self._colder(frozen, culprit.path)
-            if colder is None:
-                raise failure
-            frozen = colder
+                if not drafts:
+                    raise failure from None
+                continue
+            try:
+                if culprit is None:
+                    return self._proven(draft, widths, frozen)
+            except ExportError as e:
+                if not drafts:
+                    raise e from failure
+            if not drafts:
+                assert culprit is not None
+                return culprit, failure
+
+    def _grafts(self, widths: Widths, draft: Draft) -> Grafts | None:
+        symbolic = self.subject.symbolic
+        if symbolic is None:
+            return None
+        return Grafts(self.subject.model, symbolic, widths, draft.plan, self.permissions, self.calls)
+
+    def _without_dead(self, draft: Draft, grafts: Grafts | None) -> Iterator[Draft]:
+        """Yield drafts without dead branches, the boldest first."""
+        branches = find_dead(self.subject.facts) if grafts is not None else []
+        if grafts is None or not branches:
+            return
+        yield grafts.without(draft, branches)
+        if any(b.meets is not None for b in branches):
+            yield grafts.without(draft, [Branch((p,), None) for b in branches for p in b.paths])
 
     def _colder(self, frozen: Frozen, path: str) -> Frozen | None:
         """Keep more whole of a module and those of its class, or of one around it; ``None`` if nothing is left."""
@@ -202,12 +248,9 @@ class _Search:
             step = step.rpartition(".")[0] if step else None
         return None
 
-    def _repair(self, draft: Draft, widths: Widths, *, rewrite: bool) -> tuple[Draft, Culprit | None]:
+    def _repair(self, draft: Draft, widths: Widths, grafts: Grafts | None) -> tuple[Draft, Culprit | None]:
         """Give modules other integers, or forwards that are written anew; return the first that this does not help."""
         integers = Integers(self.subject.model, widths)
-        symbolic = self.subject.symbolic if rewrite else None
-        model, permissions = self.subject.model, self.permissions
-        grafts = Grafts(model, symbolic, widths, draft.plan, permissions, self.calls) if symbolic else None
         while (culprit := self._culprit(draft, widths)) is not None:
             better = self._with_integers(draft, culprit, integers, widths)
             if better is None and grafts is not None:

@@ -6,6 +6,7 @@ the tensors that are left; so the search ends. Each index remembers why it stays
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from functools import singledispatchmethod
@@ -98,7 +99,9 @@ class Widths:
         can_bias: Whether the bias of a contraction may be changed, or made.
         can_carry: Whether the weight of a contraction may be changed.
         can_regroup: Whether a contraction's number of groups may be changed.
+        can_rescale: Whether the weight and the epsilon of a normalization may be changed.
         can_select: Whether an input of the model may be cut along an axis.
+        rewrite: Whether forwards may be written anew, in which lengths, numbers of groups and scales become others.
         frozen: What has to stay whole for the user's code to run.
     """
 
@@ -109,12 +112,16 @@ class Widths:
         can_bias: Callable[[Node], bool],
         can_carry: Callable[[Node], bool],
         can_regroup: Callable[[Node], bool],
+        can_rescale: Callable[[Node], bool],
         can_select: Callable[[Node, int], bool],
+        rewrite: bool = False,
         frozen: Frozen | None = None,
     ) -> None:
         self.facts = facts
         self._can_bias, self._can_carry, self._can_regroup = can_bias, can_carry, can_regroup
-        self._can_select = can_select
+        self._can_rescale, self._can_select = can_rescale, can_select
+        self._rewrite = rewrite
+        self._written: set[int] = set()
         self._frozen = frozen or Frozen()
         self.reasons: list[str] = ["the model's output depends on it"]
         self._ids: dict[str, int] = {self.reasons[0]: NEEDED}
@@ -133,6 +140,16 @@ class Widths:
             self._ids[text] = len(self.reasons)
             self.reasons.append(text)
         return self._ids[text]
+
+    @property
+    def held_by_code(self) -> bool:
+        """Whether anything stays only since a number is written in the code, which a rewritten forward could change."""
+        return any(int(i) in self._written for vectors in self.why.values() for w in vectors for i in w.unique())
+
+    def share(self, node: Node, axes: Collection[int]) -> float:
+        """Return which share of the elements along some axes stays."""
+        kept = [self.keep[node][axis] for axis in axes]
+        return math.prod(int(k.sum()) for k in kept) / math.prod(k.numel() for k in kept)
 
     def full(self, key: Hashable) -> bool:
         """Tell whether every index of every axis of a tensor stays."""
@@ -232,6 +249,12 @@ class Widths:
     def _says(self, node: Node, what: str) -> int:
         return self.reason(f"{what} ({operation(node)}, {where(node)})")
 
+    def _written_down(self, node: Node, what: str) -> int:
+        """Return the number of a reason that holds for the user's code only."""
+        number = self._says(node, what)
+        self._written.add(number)
+        return number
+
     # what each family of operations demands
 
     @singledispatchmethod
@@ -275,10 +298,14 @@ class Widths:
             if mixed and family.groups > 1 and axis == 1:
                 mixed = False
                 self._demand_whole_groups(family, node)
+            elif mixed and family.averages and (self._rewrite or self._can_rescale(node)):
+                self._keep_nonzero(family.x, axis, node)
+                mixed = family.kind == "reduction"
             elif mixed and family.keeps_zero and family.kind == "reduction":
                 self._keep_nonzero(family.x, axis, node)
             elif mixed:
-                self._keep_axis(family.x, axis, self._says(node, "the operation works over the whole axis"))
+                says = self._written_down if family.averages else self._says
+                self._keep_axis(family.x, axis, says(node, "the operation works over the whole axis"))
             for out in results if out_axis is not None else ():
                 assert out_axis is not None
                 if out_axis >= len(self.keep[out]):  # a statistic with axes of its own
@@ -294,9 +321,9 @@ class Widths:
         """Keep or remove the groups of a group normalization as a whole."""
         kept = self.keep[family.x][1].view(family.groups, -1)
         kept = kept.any(1, keepdim=True).expand(kept.shape)
-        if not self._can_regroup(node):
-            kept = torch.ones_like(kept)
         self._grow(family.x, 1, kept.flatten(), self._says(node, "it is normalized together with something alive"))
+        if not (self._rewrite or self._can_regroup(node)):
+            self._keep_axis(family.x, 1, self._written_down(node, "the number of groups is written in the code"))
 
     def _keep_nonzero(self, x: Node, axis: int, node: Node) -> None:
         """Keep what adds a constant to a sum along an axis."""
@@ -473,11 +500,9 @@ class Widths:
             if extra is not out:
                 self._keep_whole(extra, NEEDED)
         ndim = len(self.keep[out])
-        said = self._says(node, "queries and keys are compared over it")
-        explicit = node.kwargs.get("scale") is not None
         self._link(query, -1, key, -1)
-        if not explicit:
-            self._keep_axis(query, -1, said)
+        if not (self._rewrite or node.kwargs.get("scale") is not None):
+            self._keep_axis(query, -1, self._written_down(node, "scores are scaled by the width of queries and keys"))
         self._link(value, -1, out, -1)
         self._link(query, -2, out, -2)
         self._link(key, -2, value, -2)
@@ -661,10 +686,11 @@ class Widths:
         self._keep_axis(weight, 1, NEEDED)
         equal = self._says(node, "the groups of a grouped convolution stay equally wide")
         used = torch.stack([self.keep[k][a].view(groups, -1).any(1) for k, a in ends]).any(0)
-        if not self._can_regroup(node):
-            used = torch.ones_like(used)
         if not used.any():
             return
+        if not (self._rewrite or self._can_regroup(node)):
+            equal = self._written_down(node, "the number of groups is written in the code")
+            used = torch.ones_like(used)
         for key, axis in ends:
             kept = self.keep[key][axis].view(groups, -1)
             width = max(1, int(kept.sum(1).max()))

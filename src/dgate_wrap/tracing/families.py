@@ -55,8 +55,9 @@ class Mixing:
     ``out_axis[a]`` is where axis ``a`` of x lies in the output, or ``None`` if it is gone. ``parameters`` are
     ``(node, its axis, the axis of x)``; an output is constant where ``scale`` is zero. ``kind`` says what happens
     along the mixed axes: a norm's statistics, a pooling, a reduction, or a softmax or cumulative sum. ``keeps_zero``:
-    a slice of zeros stays zero whatever the others hold, before the parameters (RMSNorm; a sum). With ``groups``, axis
-    1 mixes within that many groups of channels only.
+    a slice of zeros stays zero whatever the others hold, before the parameters (RMSNorm; a sum). ``averages``: zeros
+    along the mixed axes matter by their number only (a mean; RMSNorm's mean of squares). With ``groups``, axis 1 mixes
+    within that many groups of channels only.
     """
 
     kind: Literal["norm", "pool", "reduction", "scan"]
@@ -66,6 +67,7 @@ class Mixing:
     parameters: tuple[tuple[Node, int, int], ...] = ()
     scale: Node | None = None
     keeps_zero: bool = False
+    averages: bool = False
     groups: int = 1
 
 

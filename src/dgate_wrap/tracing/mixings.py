@@ -49,7 +49,7 @@ def _rms_norm(node: Node, varying: frozenset[Node]) -> Family | None:
         return None
     mixed = range(ndim - len(sizes), ndim)
     links = [(weight, a - mixed.start, a) for a in mixed] if weight is not None else []
-    return Mixing("norm", x, frozenset(mixed), tuple(range(ndim)), tuple(links), None, keeps_zero=True)
+    return Mixing("norm", x, frozenset(mixed), tuple(range(ndim)), tuple(links), None, keeps_zero=True, averages=True)
 
 
 def _group_norm(node: Node, varying: frozenset[Node]) -> Family | None:
@@ -130,7 +130,8 @@ def _reduction(node: Node, varying: frozenset[Node]) -> Family | None:
     keepdim = len(shape_of(node)) == ndim
     place = iter(range(ndim))
     out_axis = tuple(next(place) if keepdim or a not in mixed else None for a in range(ndim))
-    return Mixing("reduction", x, mixed, out_axis, keeps_zero=op_name(node) == "sum")
+    name = op_name(node)
+    return Mixing("reduction", x, mixed, out_axis, keeps_zero=name == "sum", averages=name == "mean")
 
 
 MIXINGS: dict[str, OpRule] = {

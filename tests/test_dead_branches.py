@@ -1,0 +1,251 @@
+"""Whole branches that died are gone; what normalized over dead features makes up for them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from networks import randomize
+from torch import Tensor, nn
+
+import dgate_wrap as dg
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int, down: bool = False) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.down = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels)) if down else None
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += x if self.down is None else self.down(x)
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 6, 3, padding=1), nn.Sequential(Residual(6), Residual(6, down=True))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x).relu()).mean((2, 3)))
+
+
+def mlp(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, 8), nn.Dropout(0.1), nn.ReLU(), nn.Linear(8, outputs))
+
+
+class Modalities(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text, self.head = mlp(6, 4), mlp(7, 4), nn.Linear(8, 3)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        return self.head(torch.cat([self.image(image), self.text(text)], 1))
+
+
+class Additive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = nn.ModuleList(mlp(1, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(f(x[:, i : i + 1]) for i, f in enumerate(self.shapes))
+
+
+class LowRank(nn.Module):
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.a, self.b = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 0.5 * self.b(self.a(x))
+
+
+def adapted() -> nn.Sequential:
+    return nn.Sequential(LowRank(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 2))
+
+
+class OwnNorm(nn.Module):
+    """RMSNorm as many write it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = norm(12), nn.Linear(12, 16, bias=False), nn.Linear(16, 12, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+class Language(nn.Module):
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 12)
+        self.layers, self.norm = nn.Sequential(FeedForward(norm), FeedForward(norm)), norm(12)
+        self.out = nn.Linear(12, 20, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(self.norm(self.layers(self.embed(tokens))))
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def export_with_zeros(model: nn.Module, inputs: object, *zeros: str) -> dg.Exported:
+    """Gate the rows of every weight, set some weights to zero, and export."""
+    randomize(model, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for name in zeros:
+            model.get_parameter(name).zero_()
+    return dg.export(dg.gate(model, dg.Select(names="*weight", axis=0)).eval(), inputs, latency=False)
+
+
+IMAGES, TABLE = draw(2, 3, 8, 8), draw(5, 4)
+PAIR = (draw(3, 6), draw(3, 7))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "zeros", "gone"),
+    [
+        (ResNet, IMAGES, ["blocks.0.conv2.weight", "blocks.0.bn2.weight"], ["blocks.0"]),
+        (ResNet, IMAGES, ["blocks.0.conv1.weight", "blocks.0.bn1.weight", "blocks.0.bn1.bias"], ["blocks.0"]),
+        (
+            ResNet, IMAGES, ["blocks.1.conv2.weight", "blocks.1.bn2.weight"],
+            [f"blocks.1.{n}" for n in ("conv1", "bn1", "conv2", "bn2")],
+        ),
+        (Modalities, PAIR, ["text.3.weight"], ["text"]),
+        (Modalities, PAIR, ["image.0.weight"], ["image"]),
+        (Additive, TABLE, ["shapes.1.3.weight", "shapes.2.0.weight"], ["shapes.1", "shapes.2"]),
+        (adapted, TABLE, ["0.b.weight"], ["0.a", "0.b"]),
+    ],
+)  # fmt: skip
+def test_a_dead_branch_is_gone_whole(
+    model: Callable[[], nn.Module], inputs: object, zeros: list[str], gone: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    exported = export_with_zeros(model(), inputs, *zeros)
+    assert exported.report.gone == gone
+    assert not [n for n in exported.model.state_dict() if any(n.startswith(f"{path}.") for path in gone)]
+    given = inputs if isinstance(inputs, tuple) else (inputs,)
+    expected = exported.model(*given)
+    for copied in (
+        copy.deepcopy(exported.model),
+        pickle.loads(pickle.dumps(exported.model)),
+        dg.load(dg.save(exported, tmp_path), model()).eval(),
+    ):
+        assert torch.equal(copied(*given), expected)
+
+
+def test_only_the_block_of_a_dead_branch_is_written_anew() -> None:
+    exported = export_with_zeros(ResNet(), IMAGES, "blocks.0.conv2.weight", "blocks.0.bn2.weight")
+    assert exported.report.rewritten == ["blocks.0"]
+    assert exported.report.after.flops == exported.report.before.flops - 2 * 2 * 2 * 6 * 6 * 9 * 64
+    assert [type(m) for m in exported.model.blocks][1] is Residual
+
+
+def test_with_rewriting_forbidden_a_dead_branch_keeps_one_channel() -> None:
+    model = ResNet()
+    randomize(model, torch.Generator().manual_seed(1))
+    nn.init.zeros_(model.blocks[0].conv2.weight)
+    dg.gate(model, dg.Select(names="*weight", axis=0))
+    exported = dg.export(model.eval(), IMAGES, latency=False, rewrite=False)
+    assert exported.report.gone == []
+    assert exported.report.rewritten == []
+    assert exported.model.blocks[0].conv1.out_channels == 1
+
+
+def test_a_branch_that_reads_no_input_is_left_alone() -> None:
+    """A table of positions is constant, and trained; so is what adds it."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(4, 6)
+
+        def forward(self) -> Tensor:
+            return self.table(torch.arange(4))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.layer, self.head = Positions(), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.layer(x) + self.positions()).relu())
+
+    exported = export_with_zeros(Net(), draw(2, 4, 6), "head.bias")
+    assert exported.report.gone == []
+    assert exported.model.positions.table.weight.shape == (4, 6)
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, lambda n: nn.RMSNorm(n, eps=0.1), OwnNorm], ids=["torch", "eps", "own"])
+def test_dead_embedding_dimensions_go_and_the_norm_makes_up_for_them(norm: Callable[[int], nn.Module]) -> None:
+    model = Language(norm)
+    randomize(model, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for p in (model.embed.weight.T, *(layer.down.weight for layer in model.layers)):
+            p[::3] = 0
+    tokens = torch.randint(20, (2, 7), generator=torch.Generator().manual_seed(2))
+    exported = dg.export(dg.gate(model, "neurons", include="out.*").eval(), tokens, latency=False)
+    shapes = {n: tuple(p.shape) for n, p in exported.model.named_parameters()}
+    assert shapes["embed.weight"] == (20, 8)
+    assert shapes["out.weight"] == (20, 8)
+    assert shapes["norm.weight"] == (8,)
+    assert shapes["layers.1.down.weight"] == (8, 16)
+    assert exported.report.certificate.max_error["float64"] < 1e-12
+    assert (exported.report.rewritten != []) == (norm is OwnNorm)
+
+
+def test_a_norm_called_twice_is_not_rescaled_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.second = nn.Linear(4, 8), nn.RMSNorm(8, eps=0.1), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.norm(self.norm(self.first(x)) + 1.0))
+
+    model = Twice()
+    randomize(model, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.first.weight[::2] = 0
+        model.first.bias[::2] = 0
+    exported = dg.export(dg.gate(model, "neurons", include="second.*").eval(), TABLE, latency=False)
+    assert exported.report.certificate.max_error["float64"] < 1e-12
+
+
+def test_channels_that_are_averaged_go_if_the_average_still_counts_them() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 8, bias=False), nn.Linear(1, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x).mean(1, keepdim=True))
+
+    model = Mean()
+    randomize(model, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.layer.weight[:5] = 0
+    exported = dg.export(dg.gate(model, "neurons", include="head.*").eval(), TABLE, latency=False)
+    assert exported.model.layer.weight.shape == (3, 4)
+    assert exported.report.certificate.max_error["float64"] < 1e-12
