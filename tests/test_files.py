@@ -126,7 +126,7 @@ BROKEN = {
     "no plan": (lambda f: (f / "plan.json").unlink(), "does not exist"),
     "no weights": (lambda f: (f / "weights.safetensors").unlink(), "cannot be read"),
     "bias for a norm": (edit(lambda p: p["new_biases"].append("1"), rehash=True), "no linear layer"),
-    "regrouped norm": (edit(lambda p: p["attributes"].update({"1": {"groups": 2}}), rehash=True), "no integer"),
+    "regrouped norm": (edit(lambda p: p["attributes"].update({"1": {"groups": 2}}), rehash=True), "no int here"),
     "cuts that do not fit": (edit(lambda p: p["cuts"].clear(), rehash=True), "do not fit the plan"),
 }
 

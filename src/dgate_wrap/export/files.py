@@ -211,7 +211,7 @@ def _check_weights(plan: Plan, weights: dict[str, Tensor], model: nn.Module) -> 
     for name, values in plan.attributes.items():
         for attribute, value in values.items():
             if type(getattr(modules.get(name), attribute, None)) is not type(value):
-                raise _bad(f"the plan sets {name}.{attribute}, which is another thing here.", "a plan of this model")
+                raise _bad(f"the plan sets {name}.{attribute}, which is no {type(value).__name__} here.", "a plan of this model")
     for path, recipe in plan.recipes.items():
         prefix = f"{path}." if path else ""
         for name in recipe.drops:
