@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import dgate_wrap as dg
 from dgate_wrap.export.recipes import build_graph, build_tree, describe_graph, describe_tree, match_tree
+from dgate_wrap.tracing import normalize_inputs
+from dgate_wrap.tracing.capture import export_open
 
 
 class Attention(nn.Module):
@@ -100,6 +102,19 @@ def test_a_rewritten_model_is_copied_pickled_compiled_and_traced() -> None:
     ):
         with torch.no_grad():
             assert torch.allclose(model(X), small(X), rtol=1e-5, atol=1e-6)
+
+
+def test_a_trace_with_open_sizes_that_fails_leaves_nothing_on_the_inputs() -> None:
+    """Torch notes on the tensors that it traces which sizes are open, and a later trace would read that."""
+
+    class Refuses(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("not with me")
+
+    x = torch.randn(2, 3)
+    with pytest.raises(RuntimeError, match="not with me"), export_open(Refuses(), normalize_inputs(x, None)):
+        pass
+    assert vars(x) == {}
 
 
 def test_a_rewritten_model_trains_with_its_dropout() -> None:

@@ -23,6 +23,7 @@ from ..errors import FileFormatError
 from .api import Exported, signature
 from .plan import Cut, Plan
 from .recipes import Recipe, build_graph
+from .scatter import Scatter
 from .selection import buffers
 
 FORMAT_VERSION = 1
@@ -54,7 +55,7 @@ def save(exported: Exported, folder: str | os.PathLike[str]) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    added = buffers(exported.plan.inputs)
+    added = buffers(exported.plan.inputs) | {f"{p}._kept" if p else "_kept" for p in exported.plan.scatters}
     state = {n: t for n, t in _state(exported.model).items() if n not in added}
     weights = {n: t.detach().cpu().contiguous().clone() for n, t in state.items()}
     plan: dict[str, Any] = {
@@ -67,6 +68,7 @@ def save(exported: Exported, folder: str | os.PathLike[str]) -> Path:
         "new_biases": exported.plan.new_biases,
         "inputs": exported.plan.inputs,
         "select_inputs": exported.plan.select_inputs,
+        "scatters": {p: asdict(s) for p, s in exported.plan.scatters.items()},
         "recipes": {p: asdict(r) for p, r in exported.plan.recipes.items()},
         "certificate": asdict(exported.report.certificate),
     }
@@ -109,6 +111,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         {p: Recipe(**r) for p, r in plan.get("recipes", {}).items()},
         {n: {int(a): list(kept) for a, kept in axes.items()} for n, axes in plan.get("inputs", {}).items()},
         bool(plan.get("select_inputs", True)),
+        {p: Scatter(**s) for p, s in plan.get("scatters", {}).items()},
     )
     for recipe in parsed.recipes.values():
         build_graph(recipe.steps)
@@ -211,7 +214,13 @@ def _check_weights(plan: Plan, weights: dict[str, Tensor], model: nn.Module) -> 
     for name, values in plan.attributes.items():
         for attribute, value in values.items():
             if type(getattr(modules.get(name), attribute, None)) is not type(value):
-                raise _bad(f"the plan sets {name}.{attribute}, which is no {type(value).__name__} here.", "a plan of this model")
+                raise _bad(
+                    f"the plan sets {name}.{attribute}, which is no {type(value).__name__} here.",
+                    "a plan of this model",
+                )
+    for path, scatter in plan.scatters.items():
+        if scatter.filled:
+            expected[f"{path}._filled" if path else "_filled"] = (scatter.size,)
     for path, recipe in plan.recipes.items():
         prefix = f"{path}." if path else ""
         for name in recipe.drops:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -14,6 +15,7 @@ from ..tracing import Trace
 from ..tracing.capture import owner
 from ..tracing.families import Contraction, Mixing
 from .recipes import Recipe, Rewritten
+from .scatter import Scatter, find_scatters
 from .selection import SelectInputs
 from .widths import Columns, Widths
 
@@ -73,6 +75,7 @@ class Plan:
         recipes: Per module whose forward is written anew, how.
         inputs: Per argument of the forward that loses some: per axis, its kept indices.
         select_inputs: Whether the model still takes whole arguments and selects those indices itself.
+        scatters: Per layer that computes only some of its outputs, where they belong.
     """
 
     cuts: dict[str, Cut]
@@ -81,6 +84,7 @@ class Plan:
     recipes: dict[str, Recipe] = field(default_factory=dict[str, Recipe])
     inputs: dict[str, dict[int, list[int]]] = field(default_factory=dict[str, dict[int, list[int]]])
     select_inputs: bool = True
+    scatters: dict[str, Scatter] = field(default_factory=dict[str, Scatter])
 
     def apply(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Put the tensors of the smaller network into a model of the original shapes, and set its modules' sizes.
@@ -93,6 +97,7 @@ class Plan:
             The model; another object only if its own forward is written anew.
         """
         constants = {f"{p}.{c}" if p else c for p, recipe in self.recipes.items() for c in recipe.constants}
+        constants |= {_filled(p) for p, scatter in self.scatters.items() if scatter.filled}
         for name in self.new_biases:
             cast(Any, model.get_submodule(name)).bias = nn.Parameter(tensors[f"{name}.bias"].clone())
         for name, value in tensors.items():
@@ -111,9 +116,17 @@ class Plan:
                 model.get_submodule(parent)._modules[leaf] = graft
             else:
                 model = graft
+        for path, scatter in self.scatters.items():
+            layer = dict(model.named_modules()).get(path)
+            if layer is not None and getattr(layer, "weight", None) is not None:
+                scatter.attach(layer, tensors.get(_filled(path)))
         if self.inputs and self.select_inputs:
             SelectInputs(self.inputs).attach(model)
         return model
+
+
+def _filled(path: str) -> str:
+    return f"{path}._filled" if path else "_filled"
 
 
 @dataclass(frozen=True)
@@ -252,6 +265,16 @@ class Permissions:
         """Tell whether the weight of a contraction may be changed."""
         return self._free_parameter(cast(Contraction, self._families[node]).weight)
 
+    @functools.cached_property
+    def scattering(self) -> dict[Node, str]:
+        """Return the stock layer behind each contraction that may compute some of its outputs only."""
+        found: dict[Node, str] = {}
+        for node, family in self._families.items():
+            held = self._owner(family.weight) if isinstance(family, Contraction) and family.groups == 1 else None
+            if held is not None and all(owner(u) == held[0] for u in family.weight.users):
+                found[node] = held[0]
+        return found
+
     def can_rescale(self, node: Node) -> bool:
         """Tell whether the weight and the epsilon of a normalization may be changed: those of a layer called once."""
         family, path = self._families[node], owner(node)
@@ -295,7 +318,7 @@ def make_plan(
     cuts = _find_cuts(widths)
     for node, family in facts.families.items():
         if isinstance(family, Contraction) and family.bias is None:
-            path, kept = permissions.bias_owner(node), widths.keep[node][family.out_axis]
+            path, kept = permissions.bias_owner(node), widths.rows(node)
             if path in new_biases and not kept.all():
                 name = f"{path}.bias" if path else "bias"
                 cuts[name] = Cut((kept.numel(),), {0: _places(kept)})
@@ -308,7 +331,10 @@ def make_plan(
     attributes = _find_attributes(widths, permissions)
     for path, epsilon in _rescale(widths, permissions, tensors).items():
         attributes.setdefault(path, {})["eps"] = epsilon
-    return Plan(cuts, attributes, new_biases, inputs=inputs, select_inputs=select_inputs), tensors
+    scatters, constants = find_scatters(widths, permissions.scattering)
+    tensors |= {_filled(path): held for path, held in constants.items()}
+    plan = Plan(cuts, attributes, new_biases, inputs=inputs, select_inputs=select_inputs, scatters=scatters)
+    return plan, tensors
 
 
 def _find_attributes(widths: Widths, permissions: Permissions) -> dict[str, dict[str, int | float]]:

@@ -20,6 +20,7 @@ from ..tracing.operations import op_name, shape_of
 from ..tracing.symbolic import Symbolic, is_open
 from .constants import rounding
 from .plan import Permissions
+from .scatter import places_of
 from .widths import Widths
 
 
@@ -264,7 +265,25 @@ class _Writing:
         made = rule(self, node, args, kwargs) if rule is not None else None
         if made is None:
             made = self.graph.call_function(cast(Any, node.target), tuple(args), kwargs)
-        return self._with_bias(node, made, args)
+        return self._scattered(node, self._with_bias(node, made, args))
+
+    def _scattered(self, node: Node, made: Any) -> Any:
+        """Spread what a contraction computes over all of its outputs."""
+        twin = self.r.twin(node)
+        if twin not in self.r.widths.scattered:
+            return made
+        kept, held = places_of(self.r.widths, twin)
+        if kept.all():
+            return made
+        axis = cast(Contraction, self.facts.families[twin]).out_axis
+        shape = [1 if is_open(n) else int(self.r.kept(node, a).sum()) for a, n in enumerate(node.meta["val"].shape)]
+        full = self.facts.values[twin].new_zeros(shape)
+        if held is not None:
+            full = full + held.view([-1 if a == axis else 1 for a in range(full.dim())])
+        places = self.graph.get_attr(self._hold(kept.nonzero().flatten()))
+        return self.graph.call_function(
+            torch.ops.aten.index_copy.default, (self._emit_constant(node, full), axis, places, made)
+        )
 
     def _here(self, value: Any) -> Any:
         """Write a device, and the precision of the analysis, as those of what the part is given."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from .facts import Facts
 from .grafts import Grafts
 from .integers import Integers, Patch
 from .plan import Draft, Permissions, Plan, make_plan
+from .scatter import partial_rows
 from .selection import places, reduced
 from .verify import Certificate, Verifier
 from .widths import Frozen, Widths
@@ -132,7 +134,8 @@ class _Search:
 
     def _widths(self, frozen: Frozen, *, rewrite: bool) -> Widths:
         p = self.permissions
-        return Widths(
+        find = functools.partial(
+            Widths,
             self.subject.facts,
             can_bias=p.can_bias,
             can_carry=p.can_carry,
@@ -142,6 +145,9 @@ class _Search:
             rewrite=rewrite,
             frozen=frozen,
         )
+        widths = find()
+        partial = partial_rows(widths, p.scattering)
+        return find(scattered=partial) if partial else widths
 
     def _can_select(self, node: Node, axis: int) -> bool:
         """Tell whether an input may be cut along an axis: one of its own size, of a plain argument."""

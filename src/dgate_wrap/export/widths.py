@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from functools import singledispatchmethod
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -101,6 +102,7 @@ class Widths:
         can_regroup: Whether a contraction's number of groups may be changed.
         can_rescale: Whether the weight and the epsilon of a normalization may be changed.
         can_select: Whether an input of the model may be cut along an axis.
+        scattered: Contractions that compute only the outputs that some weight leads to, and scatter them.
         rewrite: Whether forwards may be written anew, in which lengths, numbers of groups and scales become others.
         frozen: What has to stay whole for the user's code to run.
     """
@@ -114,12 +116,14 @@ class Widths:
         can_regroup: Callable[[Node], bool],
         can_rescale: Callable[[Node], bool],
         can_select: Callable[[Node, int], bool],
+        scattered: Collection[Node] = (),
         rewrite: bool = False,
         frozen: Frozen | None = None,
     ) -> None:
         self.facts = facts
         self._can_bias, self._can_carry, self._can_regroup = can_bias, can_carry, can_regroup
         self._can_rescale, self._can_select = can_rescale, can_select
+        self.scattered = frozenset(scattered)
         self._rewrite = rewrite
         self._written: set[int] = set()
         self._frozen = frozen or Frozen()
@@ -150,6 +154,18 @@ class Widths:
         """Return which share of the elements along some axes stays."""
         kept = [self.keep[node][axis] for axis in axes]
         return math.prod(int(k.sum()) for k in kept) / math.prod(k.numel() for k in kept)
+
+    def some_weight(self, node: Node) -> Tensor:
+        """Mark the outputs of a contraction to which some weight leads."""
+        family = cast(Contraction, self.facts.families[node])
+        return (self.facts.values[family.weight] != 0).movedim(family.w_out, 0).flatten(1).any(1)
+
+    def rows(self, node: Node) -> Tensor:
+        """Mark the outputs that a contraction computes."""
+        family = cast(Contraction, self.facts.families[node])
+        if node in self.scattered:
+            return self.keep[family.weight][family.w_out]
+        return self.keep[node][family.out_axis]
 
     def full(self, key: Hashable) -> bool:
         """Tell whether every index of every axis of a tensor stays."""
@@ -661,12 +677,19 @@ class Widths:
             for axis in range(len(self.keep[x])):
                 if axis != family.x_axis:
                     self._link(x, axis, node, axis)
-        if bias is not None:
+        if node in self.scattered:
+            rows = self.keep[node][family.out_axis] & self.some_weight(node)
+            self._grow(weight, family.w_out, rows, self.why[node][family.out_axis])
+            self._grow(node, family.out_axis, self.keep[weight][family.w_out], NEEDED)
+            if bias is not None:
+                self._link(bias, 0, weight, family.w_out)
+        elif bias is not None:
             self._link(bias, 0, node, family.out_axis)
         if x not in self.facts.varying:
             self._keep_axis(x, family.x_axis, self._says(node, "it is computed from parameters alone"))
         if family.groups == 1:
-            self._link(weight, family.w_out, node, family.out_axis)
+            if node not in self.scattered:
+                self._link(weight, family.w_out, node, family.out_axis)
             self._link(weight, family.w_in, x, family.x_axis)
         else:
             self._demand_groups(family, node)

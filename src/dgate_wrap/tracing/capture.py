@@ -276,7 +276,8 @@ def export_open(model: nn.Module, inputs: Inputs) -> Generator[tuple[torch.expor
     def left_open(x: Any) -> Any:
         return dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) if isinstance(x, Tensor) else None
 
-    given = (*inputs.args, *inputs.kwargs.values())
+    marked = inputs.map(Tensor.detach)  # torch notes on the tensors themselves which of their sizes are open
+    given = (*marked.args, *marked.kwargs.values())
     sizes = {"args": pytree.tree_map(left_open, given)}
     with evaluating(model), _without_cache(model, inputs) as extra, torch.no_grad(), quiet():
         call = _Positional(model, extra, list(inputs.kwargs))
