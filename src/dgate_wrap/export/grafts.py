@@ -15,10 +15,14 @@ from .culprits import Call
 from .dead import Branch
 from .plan import Draft, Permissions, Plan
 from .recipes import Recipe, UndescribableError, describe_graph, describe_tree
-from .regraph import Part, Rewriter, UnwritableError
+from .regraph import Layer, Part, Rewriter, UnwritableError
 from .widths import Widths
 
-_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+_LAYERS = (
+    *(nn.Linear, nn.Bilinear, nn.Embedding, nn.modules.conv._ConvNd, nn.RNNBase, nn.modules.dropout._DropoutNd),
+    *(nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),
+)
+"""Layers that a rewritten forward calls, so that hooks, quantization, adapters and gates find them."""
 
 
 class Grafts:
@@ -45,15 +49,18 @@ class Grafts:
         self.model, self.symbolic, self.calls = model, symbolic, calls
         self.facts, self._widths = widths.facts, widths
         self._modules = dict(model.named_modules())
-        layers = {n: m for n, m in self._modules.items() if isinstance(m, _LAYERS)}
-        self._rewriter = Rewriter(symbolic, widths, permissions, layers)
         self._first = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
+        layers = {n: self._layer(m) for n, m in self._modules.items() if _is_stock(m)}
+        self._rewriter = Rewriter(symbolic, widths, permissions, layers)
         self._new_biases = plan.new_biases
         self._spans: dict[str, dict[str, list[Node]]] = {}
         """Per module, the nodes of each of its calls."""
         for node in symbolic.graph.nodes:
             for call, path in owners(node).items() if node.meta.get("val") is not None else ():
                 self._spans.setdefault(path, {}).setdefault(call, []).append(node)
+
+    def _layer(self, module: nn.Module) -> Layer:
+        return Layer(module, frozenset(self._first[id(t)] for _, t in all_tensors(module)))
 
     def onto(self, draft: Draft, path: str) -> Draft | None:
         """Write the forward of a module anew, or else of the next one around it; ``None`` if none can be.
@@ -174,6 +181,13 @@ class Grafts:
         prefix = f"{path}." if path else ""
         names |= {prefix + n: n for n, _ in module.named_modules() if n}
         for owner in self._new_biases:
-            if owner.startswith(prefix):
-                names[f"{owner}.bias"] = f"{owner.removeprefix(prefix)}.bias"
+            bias = f"{owner}.bias" if owner else "bias"
+            if bias.startswith(prefix):
+                names[bias] = bias.removeprefix(prefix)
         return names
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Tell whether a module is a layer of torch's, with torch's own forward and plain parameters."""
+    own = type(module).forward.__module__.startswith("torch.nn.modules.") and "forward" not in vars(module)
+    return isinstance(module, _LAYERS) and own and not torch.nn.utils.parametrize.is_parametrized(module)

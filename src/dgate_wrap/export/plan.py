@@ -99,7 +99,8 @@ class Plan:
         constants = {f"{p}.{c}" if p else c for p, recipe in self.recipes.items() for c in recipe.constants}
         constants |= {_filled(p) for p, scatter in self.scatters.items() if scatter.filled}
         for name in self.new_biases:
-            cast(Any, model.get_submodule(name)).bias = nn.Parameter(tensors[f"{name}.bias"].clone())
+            layer = cast(Any, model.get_submodule(name))
+            layer.bias = nn.Parameter(tensors[f"{name}.bias" if name else "bias"].clone(), layer.weight.requires_grad)
         for name, value in tensors.items():
             if name not in constants:
                 _replace(model, name, value)

@@ -231,14 +231,16 @@ class Rewritten(nn.Module):
     stands_for: str
     recipe: Recipe
     _signature: list[tuple[str, int, Any]]
+    _run: Callable[..., Any]
 
     def __init__(self, original: nn.Module, recipe: Recipe, constants: dict[str, Tensor]) -> None:
         super().__init__()
-        own = {k: v for k, v in original.__dict__.items() if k != "forward"}
+        own = {k: v for k, v in original.__dict__.items() if k not in ("forward", "_run")}
         self.__dict__.update(own)
         for store in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[store] = type(own[store])(own[store])
-        self.__dict__["stands_for"] = type(original).__name__
+        again = isinstance(original, Rewritten)
+        self.__dict__["stands_for"] = original.stands_for if again else type(original).__name__
         self.__dict__["recipe"] = recipe
         self.__dict__["_signature"] = plain_signature(original)
         for name, value in constants.items():
@@ -249,6 +251,7 @@ class Rewritten(nn.Module):
             holder._parameters.pop(leaf, None)
             holder._buffers.pop(leaf, None)
         self._forget_idle()
+        self._compile()
 
     def _forget_idle(self) -> None:
         """Drop submodules that have no tensors and are not called."""
@@ -265,15 +268,18 @@ class Rewritten(nn.Module):
         return f"stands for {self.stands_for}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_compiled"}
+        return {k: v for k, v in self.__dict__.items() if k != "_run"}
 
-    def _run(self) -> Callable[..., Any]:
-        if "_compiled" not in self.__dict__:
-            code = build_graph(self.recipe.steps).python_code("self")
-            scope: dict[str, Any] = dict(code.globals)
-            exec(compile(code.src, f"<{self.stands_for}, rewritten>", "exec"), scope)  # noqa: S102  # of known operations
-            self.__dict__["_compiled"] = scope["forward"]
-        return cast("Callable[..., Any]", self.__dict__["_compiled"])
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compile()
+
+    def _compile(self) -> None:
+        """Make the function that runs the graph; before the first call, which torch.compile may trace."""
+        code = build_graph(self.recipe.steps).python_code("self")
+        scope: dict[str, Any] = dict(code.globals)
+        exec(compile(code.src, f"<{self.stands_for}, rewritten>", "exec"), scope)  # noqa: S102  # of known operations
+        self.__dict__["_run"] = scope["forward"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Take what the original takes and return what it returns."""
@@ -286,12 +292,14 @@ class Rewritten(nn.Module):
                     expected=f"{name} of the form it had when it was exported: {_short(tree)}",
                     mend="export with example inputs of this form, or dg.export(..., rewrite=False) to keep its code",
                 )
-        results = self._run()(self, *(found[i] for i in range(len(found))))
+        results = self._run(self, *(found[i] for i in range(len(found))))
         return build_tree(self.recipe.gives, results)
 
 
 def plain_signature(module: nn.Module) -> list[tuple[str, int, Any]]:
     """Return name, kind and default of every parameter of a module's forward."""
+    if isinstance(module, Rewritten):
+        return module._signature
     parameters = inspect.signature(module.forward).parameters.values()
     return [(p.name, int(p.kind), None if p.default is p.empty else p.default) for p in parameters]
 

@@ -6,6 +6,8 @@ axis are kept comes from its twin with the sizes of the example. What is constan
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from ..tracing.capture import owner, where
+from ..tracing.capture import owner, owners, where
 from ..tracing.families import Contraction, Mixing, Pointwise
 from ..tracing.operations import op_name, shape_of
 from ..tracing.symbolic import Symbolic, is_open
@@ -41,6 +43,14 @@ class Part:
     constants: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A stock layer, and the names of its parameters and buffers in the graph."""
+
+    module: nn.Module
+    tensors: frozenset[str]
+
+
 class Rewriter:
     """Writes parts of one graph.
 
@@ -48,7 +58,7 @@ class Rewriter:
         symbolic: The graph with open sizes, and its twin.
         widths: What is kept of every axis of the twin.
         permissions: What may be changed.
-        layers: Dropout and batch-norm layers by name, which stay themselves, so that training finds them.
+        layers: Stock layers by name. Where a step is the forward of one, the part calls the layer.
     """
 
     def __init__(
@@ -56,11 +66,16 @@ class Rewriter:
         symbolic: Symbolic,
         widths: Widths,
         permissions: Permissions,
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, Layer],
     ) -> None:
         self.symbolic, self.widths = symbolic, widths
         self.facts = widths.facts
-        self.permissions, self._layers = permissions, layers
+        self.permissions, self.layers = permissions, layers
+        self.spans: dict[str, list[Node]] = {}
+        """Per call of a module, what its own forward does."""
+        for node in symbolic.graph.nodes:
+            for call in list(owners(node))[-1:] if node.op == "call_function" else ():
+                self.spans.setdefault(call, []).append(node)
 
     def write(self, nodes: list[Node], inputs: list[list[Node]], outputs: list[Node], names: Mapping[str, str]) -> Part:
         """Write a part.
@@ -191,7 +206,8 @@ class _Writing:
 
     def _hold(self, value: Tensor) -> str:
         """Hold a tensor as a constant, and return its name."""
-        name = f"_constant{len(self.constants)}"
+        taken = {*self.names.values(), *self.constants}  # a module that is written anew again holds some
+        name = next(n for i in itertools.count() if (n := f"_constant{i}") not in taken)
         self.constants[name] = value.clone()
         return name
 
@@ -253,14 +269,14 @@ class _Writing:
         passed = self._passed(node)
         if passed is not None:
             return self._get(passed)
+        layer = self._layer(node) if node in self.r.symbolic.twins else None
+        if layer is not None:
+            return layer
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self._get)
         args = [self._here(a) for a in cast("tuple[Any, ...]", args)]
         kwargs = {k: self._here(v) for k, v in cast("dict[str, Any]", kwargs).items()}
         if node not in self.r.symbolic.twins:
             return self.graph.call_function(cast(Any, node.target), tuple(args), kwargs)
-        kept = self._layer(node, args)
-        if kept is not None:
-            return kept
         rule = _RULES.get(op_name(node))
         made = rule(self, node, args, kwargs) if rule is not None else None
         if made is None:
@@ -296,18 +312,51 @@ class _Writing:
                 return self.graph.call_function(getattr, (made, "dtype" if double else "device"))
         return value
 
-    def _layer(self, node: Node, args: list[Any]) -> Any:
-        """Call the dropout or batch-norm layer that made a node, so that it trains as before."""
+    def _layer(self, node: Node) -> Any:
+        """Call the layer whose forward a node is, so that it trains as before and may be replaced like any other."""
         path = owner(node) or ""
-        layer = self.r._layers.get(path)
-        if layer is None or path not in self.names:
+        layer = self.r.layers.get(path)
+        if layer is None or path not in self.names or not self._is_whole(node, layer.module):
             return None
-        if isinstance(layer, nn.modules.dropout._DropoutNd):
-            return self.graph.call_module(self.names[path], (args[0],))
-        if "batch_norm" in op_name(node):
-            out = self.graph.call_module(self.names[path], (args[0],))
-            return out if isinstance(node.meta["val"], Tensor) else (out,)
-        return None
+        given = [a for a in node.args if isinstance(a, Node) and self._source(a) not in layer.tensors]
+        if isinstance(layer.module, nn.RNNBase):
+            given = given[:1]
+        elif op_name(given[0]) == "pad" and owner(given[0]) == path:
+            given = [cast(Node, given[0].args[0])]
+        called = self.graph.call_module(self.names[path], tuple(self._get(a) for a in given))
+        if isinstance(layer.module, nn.RNNBase):
+            return self._recurrent(node, called)
+        return called if isinstance(node.meta["val"], Tensor) else (called,)
+
+    def _source(self, node: Node) -> str | None:
+        source = self.facts.trace.sources.get(self.r.twin(node)) if node.op == "placeholder" else None
+        return None if source is None else source.name
+
+    def _is_whole(self, node: Node, layer: nn.Module) -> bool:
+        """Tell whether a node is all that a layer does, and the layer does the same with the smaller tensors."""
+        name = op_name(node)
+        if isinstance(layer, nn.modules.dropout._DropoutNd) or "batch_norm" in name:
+            return True
+        recurrent = isinstance(layer, nn.RNNBase)
+        beside = ("zeros", "getitem") if recurrent else ("pad",) if isinstance(layer, nn.modules.conv._ConvNd) else ()
+        call = next(reversed(owners(node)))
+        if any(n is not node and op_name(n) not in beside for n in self.r.spans[call]):
+            return False
+        if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # its caller may have asked for another output size
+            return len(node.args) < 6 or tuple(cast("list[int]", node.args[5])) == tuple(layer.output_padding)
+        if isinstance(layer, nn.RMSNorm):
+            return _share(self, node) == 1 or self.r.permissions.can_rescale(self.r.twin(node))
+        if recurrent:  # from zeros of its own
+            states = cast("list[Node]", node.args[1] if name == "lstm" else [node.args[1]])
+            return name in _RECURRENT and isinstance(node.args[2], list) and all(call in owners(s) for s in states)
+        return True
+
+    def _recurrent(self, node: Node, called: Node) -> tuple[Any, ...]:
+        """Return what a recurrent layer gives in the order of its operation."""
+        output, states = (self.graph.call_function(operator.getitem, (called, i)) for i in range(2))
+        if op_name(node) != "lstm":
+            return output, states
+        return output, *(self.graph.call_function(operator.getitem, (states, i)) for i in range(2))
 
     def _with_bias(self, node: Node, made: Any, args: list[Any]) -> Any:
         twin = self.r.twin(node)
@@ -326,6 +375,9 @@ class _Writing:
         shape[family.out_axis] = -1
         shaped = self.graph.call_function(torch.ops.aten.view.default, (held, shape[family.out_axis :]))
         return self.graph.call_function(torch.ops.aten.add.Tensor, (made, shaped))
+
+
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
