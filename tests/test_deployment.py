@@ -96,7 +96,8 @@ def test_it_is_compiled_by_inductor() -> None:
     small = copy.deepcopy(exports("rewritten")[1].model)
     inputs = CASES["rewritten"].draw(3)
     torch.compiler.reset()
-    assert distance(run(torch.compile(small, fullgraph=True), inputs), run(small, inputs)) < 1e-5
+    with torch._inductor.config.patch(compile_threads=1):  # no pool of processes, which outlives the test
+        assert distance(run(torch.compile(small, fullgraph=True), inputs), run(small, inputs)) < 1e-5
 
 
 def test_it_is_traced_with_an_open_batch_size(small: nn.Module, draw: Callable[[int], Inputs]) -> None:
@@ -108,6 +109,7 @@ def test_it_is_traced_with_an_open_batch_size(small: nn.Module, draw: Callable[[
 
 @pytest.mark.filterwarnings("ignore")  # torch.onnx warns of its own ways
 def test_it_runs_in_onnxruntime(small: nn.Module, draw: Callable[[int], Inputs]) -> None:
+    pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     program = torch.onnx.export(
         small, (), kwargs=draw(3), dynamo=True, dynamic_shapes={n: {0: "batch"} for n in draw(3)}, verbose=False
@@ -278,7 +280,7 @@ def test_every_stock_layer_is_called_if_it_does_the_same() -> None:
     called = {target for _, op, target, *_ in exported.plan.recipes[""].steps if op == "call_module"}
     assert called == {n for n, _ in Layers().named_children()} - {"wide"}  # which is asked for another size
     assert exported.model.first.weight.shape == (10, 6)
-    other = torch.arange(15).view(3, 5) % 9
+    other = torch.arange(18).view(3, 6) % 9
     assert distance(run(exported.model, {"tokens": other}), run(model, {"tokens": other})) < 1e-5
 
 
@@ -295,10 +297,10 @@ def _step(rank: int, models: list[nn.Module], inputs: list[Inputs], folder: str)
 
 
 def test_two_processes_train_it_like_one(tmp_path: Path) -> None:
-    models = [copy.deepcopy(exports(n)[1].model).eval() for n in CASES]
-    inputs = [case.draw(4) for case in CASES.values()]
+    names = ["conv", "rewritten", "dead branch", "inputs", "lstm"]
+    models, inputs = [copy.deepcopy(exports(n)[1].model).eval() for n in names], [CASES[n].draw(4) for n in names]
     mp.spawn(_step, (models, inputs, str(tmp_path)), nprocs=2)
-    for i, (name, model, given) in enumerate(zip(CASES, models, inputs, strict=True)):
+    for i, (name, model, given) in enumerate(zip(names, models, inputs, strict=True)):
         loss_of(model, given).backward()
         for p, found in zip(model.parameters(), torch.load(tmp_path / str(i)), strict=True):
             assert torch.allclose(p.grad, found, rtol=1e-4, atol=1e-6), name

@@ -23,7 +23,7 @@ from .errors import (
     UnknownGroupingError,
 )
 from .explain import Explanation, explain
-from .export import Exported, export, load, save
+from .export import Exported, expand, export, load, save
 from .gates import Gates
 from .gating import gate, ungate
 from .groupings import Grouping, Select, groupings, register_grouping
@@ -60,6 +60,7 @@ __all__ = [
     "along",
     "balance_",
     "disjoint",
+    "expand",
     "explain",
     "export",
     "gate",

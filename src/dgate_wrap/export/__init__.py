@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .api import Exported, export
+from .expand import expand
 from .files import load, save
 
-__all__ = ["Exported", "export", "load", "save"]
+__all__ = ["Exported", "expand", "export", "load", "save"]

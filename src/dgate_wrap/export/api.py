@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..gates import GatedTensor, by_gates, require_gated
 from ..gating import ungate
 from ..pruning import PruneReport, prune
 from ..tracing import Inputs, normalize_inputs
+from ..tracing.capture import all_tensors
 from .facts import Facts
 from .plan import Plan
 from .report import Kept, Report, Size, find_kept, latencies, measure
@@ -32,12 +33,15 @@ class Exported:
         plan: What stays of which parameter; `save` writes it.
         report: Sizes before and after, what stayed and why, and the certificate of equality.
         signature: Shapes and dtypes of the original model's parameters and buffers.
+        dropped: On the CPU, the parameters and buffers of dead branches that the smaller network does without; `expand`
+            needs them.
     """
 
     model: nn.Module
     plan: Plan
     report: Report
     signature: dict[str, tuple[tuple[int, ...], str]]
+    dropped: dict[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
 
 
 def signature(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -110,7 +114,13 @@ def export(
         report = _report(dense, found, inputs, pruning, tensors, dead, latency)
     for name, module in found.small.named_modules():
         module.training = model.get_submodule(name).training
-    return Exported(found.small, found.plan, report, signature(dense))
+    return Exported(found.small, found.plan, report, signature(dense), _dropped(dense, found))
+
+
+def _dropped(dense: nn.Module, found: Found) -> dict[str, Tensor]:
+    """Return what of the original the smaller network has no part of, under every name."""
+    held = {n for n, _ in all_tensors(found.small)}
+    return {n: t.detach().to("cpu", copy=True) for n, t in all_tensors(dense) if n not in held}
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -180,18 +180,22 @@ def _read_weights(folder: Path, plan: dict[str, Any]) -> dict[str, Tensor]:
         raise _bad(f"{path} is no safetensors file ({e}).", "weights that dg.save wrote") from None
 
 
-def _check_model(plan: dict[str, Any], model: nn.Module) -> None:
-    wanted = {n: (tuple(shape), dtype) for n, (shape, dtype) in plan["signature"].items()}
+def misfits(wanted: dict[str, tuple[tuple[int, ...], str]], model: nn.Module) -> list[str]:
+    """Tell which parameters and buffers of a model do not have the shapes of a signature."""
     found = signature(model)
     wrong = [
         f"{n!r} is {found[n][0] if n in found else 'missing'}, was {wanted[n][0] if n in wanted else 'missing'}"
         for n in dict.fromkeys([*wanted, *found])
         if found.get(n, ((), ""))[0] != wanted.get(n, (None, ""))[0] or (n in found) != (n in wanted)
     ]
+    return [*wrong[:4], f"and {len(wrong) - 4} more"] if len(wrong) > 4 else wrong
+
+
+def _check_model(plan: dict[str, Any], model: nn.Module) -> None:
+    wrong = misfits({n: (tuple(shape), dtype) for n, (shape, dtype) in plan["signature"].items()}, model)
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise FileFormatError(
-            f"the plan is of another model ({plan['model_class']}): {'; '.join(wrong[:4])}{more}.",
+            f"the plan is of another model ({plan['model_class']}): {'; '.join(wrong)}.",
             expected="a freshly built model with the parameters that the original had before gating",
             mend="dg.load(folder, MyModel(same_arguments)); dg.ungate a gated model first",
         )
@@ -220,7 +224,7 @@ def _check_weights(plan: Plan, weights: dict[str, Tensor], model: nn.Module) -> 
                 )
     for path, scatter in plan.scatters.items():
         if scatter.filled:
-            expected[f"{path}._filled" if path else "_filled"] = (scatter.size,)
+            expected[f"{path}._filled" if path else "_filled"] = (len(scatter.stays),)
     for path, recipe in plan.recipes.items():
         prefix = f"{path}." if path else ""
         for name in recipe.drops:

@@ -76,6 +76,8 @@ class Plan:
         inputs: Per argument of the forward that loses some: per axis, its kept indices.
         select_inputs: Whether the model still takes whole arguments and selects those indices itself.
         scatters: Per layer that computes only some of its outputs, where they belong.
+        rescaled: Per weight of a normalization that counts fewer features: which share of them stays. The weight was
+            divided by its root.
     """
 
     cuts: dict[str, Cut]
@@ -85,6 +87,7 @@ class Plan:
     inputs: dict[str, dict[int, list[int]]] = field(default_factory=dict[str, dict[int, list[int]]])
     select_inputs: bool = True
     scatters: dict[str, Scatter] = field(default_factory=dict[str, Scatter])
+    rescaled: dict[str, float] = field(default_factory=dict[str, float])
 
     def apply(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Put the tensors of the smaller network into a model of the original shapes, and set its modules' sizes.
@@ -332,11 +335,20 @@ def make_plan(
             inputs[source.name] = axes
     tensors = {n: cuts[n].apply(t) if n in cuts else t for n, t in state.items() if n in cuts or n in changed}
     attributes = _find_attributes(widths, permissions)
-    for path, epsilon in _rescale(widths, permissions, tensors).items():
+    rescaled, epsilons = _rescale(widths, permissions, tensors)
+    for path, epsilon in epsilons.items():
         attributes.setdefault(path, {})["eps"] = epsilon
     scatters, constants = find_scatters(widths, permissions.scattering)
     tensors |= {_filled(path): held for path, held in constants.items()}
-    plan = Plan(cuts, attributes, new_biases, inputs=inputs, select_inputs=select_inputs, scatters=scatters)
+    plan = Plan(
+        cuts,
+        attributes,
+        new_biases,
+        inputs=inputs,
+        select_inputs=select_inputs,
+        scatters=scatters,
+        rescaled=rescaled,
+    )
     return plan, tensors
 
 
@@ -359,15 +371,18 @@ def _find_attributes(widths: Widths, permissions: Permissions) -> dict[str, dict
     return found
 
 
-def _rescale(widths: Widths, permissions: Permissions, tensors: dict[str, Tensor]) -> dict[str, float]:
+def _rescale(
+    widths: Widths, permissions: Permissions, tensors: dict[str, Tensor]
+) -> tuple[dict[str, float], dict[str, float]]:
     """Multiply the weights of normalizations by what makes up for zeros that are not counted any more, in place.
 
     The mean of squares of k elements is n / k times that of those and n - k zeros. With n / k times the epsilon, the
     normalized value is therefore √(k / n) times what it was.
 
     Returns:
-        Per layer, its new epsilon; of one that takes it from its dtype, none.
+        Per weight, k / n; and per layer, its new epsilon; of one that takes it from its dtype, none.
     """
+    rescaled: dict[str, float] = {}
     epsilons: dict[str, float] = {}
     for node, family in widths.facts.families.items():
         if not isinstance(family, Mixing) or not (family.averages and permissions.can_rescale(node)):
@@ -378,10 +393,11 @@ def _rescale(widths: Widths, permissions: Permissions, tensors: dict[str, Tensor
         path = cast(str, owner(node))
         weight = widths.facts.trace.sources[family.parameters[0][0]].name
         tensors[weight] = tensors[weight] * share**-0.5
+        rescaled[weight] = share
         epsilon = permissions.epsilon(path)
         if epsilon is not None:
             epsilons[path] = epsilon / share
-    return epsilons
+    return rescaled, epsilons
 
 
 def _places(kept: Tensor) -> list[int]:

@@ -30,13 +30,13 @@ class Scatter:
 
     Args:
         axis: The channels' axis, from the end.
-        size: How many there are.
-        kept: Which of them the layer computes.
+        stays: Which of its outputs there are, of all that it had.
+        kept: Which of those it computes.
         filled: Whether the others hold constants, in the buffer ``_filled``, and not zeros.
     """
 
     axis: int
-    size: int
+    stays: list[int]
     kept: list[int]
     filled: bool = False
 
@@ -51,7 +51,7 @@ class Scatter:
     def __call__(self, layer: Any, args: Any, out: Tensor) -> Tensor:
         """Return all channels."""
         shape = list(out.shape)
-        shape[self.axis] = self.size
+        shape[self.axis] = len(self.stays)
         if self.filled:
             full = layer._filled.to(out.dtype).view(-1, *[1] * (-1 - self.axis)).expand(shape)
         else:
@@ -92,9 +92,9 @@ def find_scatters(widths: Widths, layers: Mapping[Node, str]) -> tuple[dict[str,
         family = cast(Contraction, widths.facts.families[node])
         kept, held = places_of(widths, node)
         if not kept.all():
-            places = cast("list[int]", kept.nonzero().flatten().tolist())
+            stays, places = (k.nonzero().flatten().tolist() for k in (widths.keep[node][family.out_axis], kept))
             axis = family.out_axis - len(widths.keep[node])
-            scatters[layers[node]] = Scatter(axis, len(kept), places, held is not None)
+            scatters[layers[node]] = Scatter(axis, stays, places, held is not None)
             if held is not None:
                 constants[layers[node]] = held
     return scatters, constants
