@@ -91,6 +91,9 @@ def test_a_layer_computes_only_what_lives_and_scatters_it(case: str, bias: bool,
         torch.compile(small, backend="aot_eager", fullgraph=True),
     ):
         assert torch.equal(copied(x), expected)
+    whole = dg.expand(exported, make(bias), x)
+    assert whole.get_submodule(layer).weight.shape[0] == 16
+    assert torch.allclose(whole(x), expected, atol=1e-5)
     assert torch.allclose(small.double()(x.double()).float(), expected, atol=1e-5)
     small.float().train()(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in small.parameters())

@@ -30,7 +30,7 @@ def expand(
       was given a bias to hold constants keeps it: ``plan.new_biases`` names the state dict's new keys.
     - An RMSNorm over k of n features had its weight multiplied by ``√(n/k)``, for which the zeros make up again:
       it is divided by that, and has its own epsilon.
-    - A layer that computes some of its outputs only has zero weights for the others again, and what they hold as biases.
+    - A layer that computes some of its outputs only has zero weights for the others, and what they hold as biases.
     - Dead branches that were left out get the weights that they had when they were cut out, and so the constants that
       they gave.
     - Rewritten modules have the code of their class again. Inputs are not selected: what is not needed meets zeros.
