@@ -137,3 +137,10 @@ CASES = {
     ),
     "bert": Case(functools.partial(_transformers, "BertForSequenceClassification"), ["heads", "hidden"], _tokens),
 }  # fmt: skip
+
+
+@functools.cache
+def exports(name: str) -> tuple[nn.Module, dg.Exported]:
+    """Return a dense network and its export, made once; tests change copies of them."""
+    torch.manual_seed(0)
+    return CASES[name].exported()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import io
 import os
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from exports import CASES
+from exports import CASES, exports
 from networks import randomize
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,12 +28,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*quantized tensor creation:UserWarning",
 )
 Inputs = dict[str, Tensor]
-
-
-@functools.cache
-def exports(name: str) -> tuple[nn.Module, dg.Exported]:
-    torch.manual_seed(0)
-    return CASES[name].exported()
 
 
 @pytest.fixture(params=CASES)
@@ -191,9 +184,12 @@ def test_it_moves_to_the_meta_device(name: str, small: nn.Module, draw: Callable
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "llama"])
 def test_it_is_gated_and_exported_again(name: str, small: nn.Module, draw: Callable[[int], Inputs]) -> None:
-    groups = {"conv": "channels", "dead branch": "channels", "inputs": "input_features", "lstm": "rnn"}.get(
-        name, "heads"
-    )
+    groups = {
+        "conv": "channels",
+        "dead branch": "channels",
+        "inputs": dg.Select("down.weight", axis=1),
+        "lstm": "rnn",
+    }.get(name, "heads")
     small.train()
     dg.gate(small, groups, example_kwargs=draw(3))
     optimizer = torch.optim.SGD(small.parameters(), lr=0.02)
