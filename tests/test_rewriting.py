@@ -274,3 +274,52 @@ def test_graphs_survive_being_written_down() -> None:
     graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (x, y)),))
     again = build_graph(json.loads(json.dumps(describe_graph(graph))))
     assert str(again) == str(graph)
+
+
+def test_tables_and_masks_stay_longer_than_the_example() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm = nn.Parameter(torch.randn(16, 12)), nn.LayerNorm(12)
+            self.up, self.down = nn.Linear(12, 8), nn.Linear(8, 2)
+            self.register_buffer("mask", torch.randn(16, 16).tril())
+
+        def forward(self, x: Tensor) -> Tensor:
+            n = x.shape[1]
+            x = self.mask[:n, :n] @ (x + self.norm(self.table)[:n])
+            return self.down(torch.relu(self.up(x)))
+
+    model = dg.gate(Positions(), "hidden", example_inputs=X)
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[[1, 4]] = 0
+    small = dg.export(model, X, latency=False).model
+    assert small.up.weight.shape == (6, 12)
+    assert small.table.shape == (16, 12)
+    assert small.mask.shape == (16, 16)
+    assert_equal(model, small)
+
+
+class MaskedAttention(Attention):
+    """Scores with a mask of every head, made of two; a rotation of none of the width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_size = 4
+
+    def forward(self, x: Tensor, *, causal: bool = True) -> Tensor:
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        v = torch.cat([v, v[..., self.head_size :]], -1)
+        finite = x[:, None, None, :, 0] == x[:, None, None, :, 0]
+        mask = (finite & torch.ones(tokens, tokens, dtype=torch.bool).tril()).expand(-1, self.heads, -1, -1)
+        scores = (q @ k.transpose(-1, -2)).masked_fill(~mask, -1e4).softmax(-1)
+        return self.out((scores @ v).transpose(1, 2).reshape(batch, tokens, -1))
+
+
+def test_a_mask_that_is_expanded_to_heads_follows_them() -> None:
+    model, exported = without_a_head(MaskedAttention)
+    assert type(exported.model.attention) is MaskedAttention
+    assert exported.plan.attributes == {"attention": {"heads": 2}}
+    assert exported.report.removed == 1
+    assert_equal(model, exported.model)

@@ -37,7 +37,8 @@ class Integers:
                     self._note(path, n, widths)
 
     def _note(self, path: str, node: Node, widths: Widths) -> None:
-        for kept in widths.keep.get(node, []):
+        vectors = widths.keep.get(node, [])
+        for kept in vectors if all(k.numel() for k in vectors) else []:
             if not kept.all():
                 self.sizes.setdefault(path, {}).setdefault(len(kept), set()).add(int(kept.sum()))
 

@@ -162,6 +162,8 @@ class _Writing:
         if bool(self.facts.unknown[twin].any()):
             return None
         value = self.facts.values[twin]
+        if not value.numel():
+            return None
         shape = node.meta["val"].shape
         for axis, size in enumerate(shape):
             if is_open(size):

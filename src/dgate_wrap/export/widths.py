@@ -38,7 +38,7 @@ from ..tracing.families import (
     Recurrence,
 )
 from ..tracing.operations import is_tensor, op_name, shape_of
-from .constants import rounding
+from .constants import full_mask, rounding
 from .facts import Facts
 
 NEEDED = 0
@@ -190,6 +190,8 @@ class Widths:
                 self._keep_whole(node, self.reason("the traced forward does not use it"))
             elif self.facts.unknown[node].any():
                 self._start_from(node)
+            elif node not in self.facts.varying:
+                self._start_beyond(node)
         for node in self.facts.nodes:
             if node.op == "call_function" and owner(node) in self._frozen.modules:
                 for n in (node, *(n for n in node.all_input_nodes if n in self.facts.varying)):
@@ -197,6 +199,19 @@ class Widths:
             if node.op == "output":
                 for n in node.all_input_nodes:
                     self._keep_results(n, self.reason("it is an output of the model"))
+
+    def _start_beyond(self, node: Node) -> None:
+        """Keep what slices leave out of a table: positions beyond the example's length, which other inputs reach."""
+        users = [n for n in node.users if isinstance(self.facts.families.get(n), Movement)]
+        if len(users) < len(node.users) or any(op_name(n) not in ("slice", "narrow") for n in users):
+            return
+        read = full_mask(self.facts.values[node], False)
+        for user in users:
+            read.view(-1)[self.facts.movement_map(user)[0].flatten()] = True
+        for axis in range(read.dim()):
+            others = [a for a in range(read.dim()) if a != axis]
+            beyond = ~(read.any(others) if others else read)
+            self._grow(node, axis, beyond, self.reason("the traced forward does not use it"))
 
     def _keep_results(self, node: Node, why: int) -> None:
         for out in self.facts.outputs(node):
@@ -369,6 +384,9 @@ class Widths:
         if not self._follows(node):
             for n in everything:
                 self._keep_whole(n, self._says(node, "the sizes of this step are written in the code"))
+            return
+        if op_name(node) in ("expand", "expand_as"):
+            self._broadcast(family.inputs[0], node, None)  # copies of what stays need not all stay
             return
         self._move(node, family.inputs, results)
 
@@ -658,7 +676,7 @@ class Widths:
         return _outer(why, torch.maximum, torch.full((), -1))
 
     def _grow_elements(self, key: Hashable, mask: Tensor, why: Tensor) -> None:
-        for axis in range(mask.dim()):
+        for axis in range(mask.dim() if mask.any() else 0):
             others = [a for a in range(mask.dim()) if a != axis]
             if others:
                 self._grow(key, axis, mask.any(others), why.amax(others))

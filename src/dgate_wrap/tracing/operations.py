@@ -27,7 +27,7 @@ _ALSO_POINTWISE = names(
     """
     clone contiguous alias detach _to_copy to dropout feature_dropout alpha_dropout lift_fresh_copy zeros_like
     ones_like full_like empty_like hardswish where masked_fill rsub fill rrelu add mul sub div neg abs clamp
-    sigmoid log_sigmoid polar
+    sigmoid log_sigmoid polar floor_divide isclose real imag complex __and__ __or__ __xor__ __lshift__ __rshift__
     """
 )
 """Operations that go element by element and that torch does not tag so; it never tags an alias."""
