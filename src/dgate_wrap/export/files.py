@@ -217,11 +217,12 @@ def _check_weights(plan: Plan, weights: dict[str, Tensor], model: nn.Module) -> 
         expected[bias] = tuple(weights[bias].shape) if bias in weights else ()
     for name, values in plan.attributes.items():
         for attribute, value in values.items():
-            if type(getattr(modules.get(name), attribute, None)) is not type(value):
-                raise _bad(
-                    f"the plan sets {name}.{attribute}, which is no {type(value).__name__} here.",
-                    "a plan of this model",
-                )
+            held: Any = modules.get(name)
+            for step in attribute.split("."):
+                held = getattr(held, step, None)
+            if type(held) is not type(value):
+                kind = type(value).__name__
+                raise _bad(f"the plan sets {name}.{attribute}, which is no {kind} here.", "a plan of this model")
     for path, scatter in plan.scatters.items():
         if scatter.filled:
             expected[f"{path}._filled" if path else "_filled"] = (len(scatter.stays),)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, islice, product
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from ..tracing.capture import owner
 from .widths import Widths
 
 Patch = dict[str, dict[str, int]]
-"""New integers: per attribute, per module that has it."""
+"""New integers: per attribute, per module that has it. ``config.heads`` is an attribute of an object of the module's."""
 
 _MOST = 6
 """How many attributes of one module are tried in all combinations."""
+_TRIES = 160
+"""How many patches of one module are tried."""
 
 
 class Integers:
@@ -43,17 +46,57 @@ class Integers:
                 self.sizes.setdefault(path, {}).setdefault(len(kept), set()).add(int(kept.sum()))
 
     def guesses(self, path: str) -> Iterator[Patch]:
-        """Yield patches of a module and all of its class, the boldest first."""
-        found = self._candidates(path)
-        names = list(found)[:_MOST]
-        alike = [p for p, m in self._modules.items() if type(m) is type(self._modules[path])]
-        others = {p: self._candidates(p) for p in alike}
-        for count in range(len(names), 0, -1):
-            for chosen in combinations(names, count):
-                yield {name: {p: values[name] for p, values in others.items() if name in values} for name in chosen}
+        """Yield patches of a module and all of its class, the boldest first: its own integers, then others it reads."""
+        return islice(self._all_guesses(path), _TRIES)
 
-    def _candidates(self, path: str) -> dict[str, int]:
-        """Return the integers of a module that are a size that changed, with what they should be then."""
+    def _all_guesses(self, path: str) -> Iterator[Patch]:
+        alike = {p: self._candidates(p) for p, m in self._modules.items() if type(m) is type(self._modules[path])}
+        found = alike[path]
+        own = [n for n in found if "." not in n][:_MOST]
+        more = [*(n for n in found if "." in n), *own][:_MOST]
+        for names in (own, more) if len(more) > len(own) else (own,):
+            for count in range(len(names), 0, -1):
+                for chosen in combinations(names, count):
+                    if names is own or any("." in n for n in chosen):
+                        for values in product(*(found[n] for n in chosen)):
+                            yield self._patch(path, alike, dict(zip(chosen, values, strict=True)))
+
+    @staticmethod
+    def _patch(path: str, alike: dict[str, dict[str, list[int]]], chosen: dict[str, int]) -> Patch:
+        """Give a module the chosen integers, and those of its class the same ones, or the only ones that they may."""
+        patch: Patch = {}
+        for name, value in chosen.items():
+            for p, options in alike.items():
+                possible = options.get(name, [])
+                if p == path or value in possible:
+                    patch.setdefault(name, {})[p] = value
+                elif len(possible) == 1:
+                    patch.setdefault(name, {})[p] = possible[0]
+        return patch
+
+    def _candidates(self, path: str) -> dict[str, list[int]]:
+        """Return the integers of a module that are a size that changed, with what they may be then."""
         sizes = self.sizes.get(path, {})
-        held = {k: v for k, v in vars(self._modules[path]).items() if type(v) is int}
-        return {k: next(iter(sizes[v])) for k, v in held.items() if len(sizes.get(v, ())) == 1}
+        return {k: sorted(sizes[v]) for k, v in self._integers(path) if v in sizes}
+
+    def _integers(self, path: str) -> Iterator[tuple[str, int]]:
+        """Yield the integers that a module holds, and those that its code reads off plain objects that it holds."""
+        module = self._modules[path]
+        yield from ((k, v) for k, v in vars(module).items() if type(v) is int)
+        read = _names_read(module)
+        for name, part in vars(module).items():
+            if name in read and hasattr(part, "__dict__") and not isinstance(part, nn.Module | Tensor | type):
+                yield from ((f"{name}.{k}", v) for k, v in vars(part).items() if type(v) is int and k in read)
+
+
+def _names_read(module: nn.Module) -> set[str]:
+    """Return the names of attributes that the code of a module's class reads, but for its making."""
+    found: set[str] = set()
+    for kind in type(module).__mro__:
+        if kind is nn.Module:
+            break
+        for name, member in vars(kind).items():
+            code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
+            if code is not None and name != "__init__":
+                found.update(code.co_names)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -109,7 +110,7 @@ class Plan:
                 _replace(model, name, value)
         for name, values in self.attributes.items():
             for attribute, value in values.items():
-                setattr(model.get_submodule(name), attribute, value)
+                _set(model.get_submodule(name), attribute, value)
         for module in model.modules():
             resize_attributes(module)
         for path, recipe in self.recipes.items():
@@ -164,6 +165,16 @@ class Draft:
         tensors = {n: t for n, t in self.tensors.items() if n not in gone}
         tensors |= {prefix + n: t for n, t in constants.items()}
         return Draft(replace(self.plan, recipes={**kept, path: recipe}), tensors)
+
+
+def _set(holder: Any, attribute: str, value: float) -> None:
+    """Set an attribute; ``config.heads`` on a copy of the object, which others may hold too."""
+    *path, leaf = attribute.split(".")
+    for step in path:
+        part = copy.copy(getattr(holder, step))
+        setattr(holder, step, part)
+        holder = part
+    setattr(holder, leaf, value)
 
 
 def _replace(model: nn.Module, name: str, value: Tensor) -> None:
