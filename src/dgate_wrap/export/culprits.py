@@ -80,20 +80,21 @@ def find_culprit(
     """Return the first module that fails or differs, the innermost one; ``None`` if none does."""
     calls: list[Call] = []
     open_calls: list[str] = []
+    failed: str | None = None
     try:
         with evaluating(model), torch.no_grad(), watching(model, calls, open_calls):
             model(*inputs.args, **inputs.kwargs)
     except Exception:
-        return Culprit(_with_code(model, open_calls[-1] if open_calls else ""), len(calls))
+        failed = open_calls[-1] if open_calls else ""
     by_value = _Values(facts, widths)
     wanted: dict[str, list[Call]] = {}
     for call in expected:
         wanted.setdefault(call.path, []).append(call)
-    for done, call in enumerate(calls):
+    for done, call in enumerate(calls):  # what fails may be the victim of one that ran, and gave something else
         known = wanted.get(call.path)
         if not known or not by_value.agree(known.pop(0).result, call.result):
             return Culprit(_with_code(model, call.path), done)
-    return None
+    return None if failed is None else Culprit(_with_code(model, failed), len(calls))
 
 
 def _with_code(model: nn.Module, path: str) -> str:

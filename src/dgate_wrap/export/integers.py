@@ -40,8 +40,7 @@ class Integers:
                     self._note(path, n, widths)
 
     def _note(self, path: str, node: Node, widths: Widths) -> None:
-        vectors = widths.keep.get(node, [])
-        for kept in vectors if all(k.numel() for k in vectors) else []:
+        for kept in widths.keep.get(node, []):
             if not kept.all():
                 self.sizes.setdefault(path, {}).setdefault(len(kept), set()).add(int(kept.sum()))
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..errors import ExportError
+from ..errors import ExportError, TraceError
 from ..tracing import Inputs, capture
+from ..tracing.capture import owner
 from ..tracing.symbolic import Symbolic, capture_symbolic, is_open
 from .culprits import Call, Culprit, find_culprit, record_calls
 from .dead import Branch, find_dead
@@ -51,7 +52,10 @@ class Subject:
 
     def opened(self) -> Subject:
         """Trace the model with open sizes too, which takes longer, and analyse that trace."""
-        trace, symbolic = capture_symbolic(self.model, self.inputs.args, self.inputs.kwargs)
+        try:
+            trace, symbolic = capture_symbolic(self.model, self.inputs.args, self.inputs.kwargs)
+        except TraceError:  # a forward that changes the model may be traced once only
+            return self
         return self if symbolic is None else Subject(self.model, trace.inputs, Facts(trace), symbolic)
 
 
@@ -244,12 +248,13 @@ class _Search:
     def _colder(self, frozen: Frozen, path: str) -> Frozen | None:
         """Keep more whole of a module and those of its class, or of one around it; ``None`` if nothing is left."""
         modules = dict(self.subject.model.named_modules())
+        working = {owner(n) or "" for n in self.subject.facts.nodes if n.op == "call_function"}
         step: str | None = path
         while step is not None:
             alike = {p for p, m in modules.items() if type(m) is type(modules[step])}
-            if step not in frozen.reshapes:
+            if step not in frozen.reshapes and alike & working:
                 return replace(frozen, reshapes=frozen.reshapes | alike)
-            if step not in frozen.modules:
+            if step not in frozen.modules and alike & working:
                 return replace(frozen, modules=frozen.modules | alike)
             step = step.rpartition(".")[0] if step else None
         return None

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from functools import singledispatchmethod
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import cast
 
 import torch
@@ -193,7 +193,7 @@ class Widths:
             elif node not in self.facts.varying:
                 self._start_beyond(node)
         for node in self.facts.nodes:
-            if node.op == "call_function" and owner(node) in self._frozen.modules:
+            if node.op == "call_function" and (owner(node) or "") in self._frozen.modules:
                 for n in (node, *(n for n in node.all_input_nodes if n in self.facts.varying)):
                     self._keep_results(n, self._says(node, "the code computes with its size"))
             if node.op == "output":
@@ -219,7 +219,7 @@ class Widths:
 
     def _follows(self, node: Node) -> bool:
         """Tell whether the user's code follows smaller tensors in a movement, or has its sizes written down."""
-        return owner(node) not in self._frozen.reshapes
+        return (owner(node) or "") not in self._frozen.reshapes
 
     def _start_from(self, node: Node) -> None:
         """Keep what is neither constant nor unread."""
@@ -385,10 +385,19 @@ class Widths:
             for n in everything:
                 self._keep_whole(n, self._says(node, "the sizes of this step are written in the code"))
             return
+        for n, out in product(family.inputs, results):
+            if 0 in (*shape_of(n), *shape_of(out)):
+                self._link_empty(n, out)
         if op_name(node) in ("expand", "expand_as"):
             self._broadcast(family.inputs[0], node, None)  # copies of what stays need not all stay
             return
         self._move(node, family.inputs, results)
+
+    def _link_empty(self, a: Node, b: Node) -> None:
+        """Link the axes of two tensors of which one has no elements, whose other sizes have to agree nevertheless."""
+        for axis, (m, n) in enumerate(zip(shape_of(a), shape_of(b), strict=False)):
+            if m == n:
+                self._link(a, axis, b, axis)
 
     def _move(self, node: Node, inputs: tuple[Node, ...], results: list[Node]) -> None:
         """Keep every element that comes from, or ends up in, one that stays."""
