@@ -323,3 +323,64 @@ def test_a_mask_that_is_expanded_to_heads_follows_them() -> None:
     assert exported.plan.attributes == {"attention": {"heads": 2}}
     assert exported.report.removed == 1
     assert_equal(model, exported.model)
+
+
+class Sizes:
+    """What modules of one model share."""
+
+    def __init__(self) -> None:
+        self.heads, self.unread = 3, 3
+
+
+class ReadsShared(Attention):
+    """Reads its number of heads off what it shares; another number of them runs, and gives another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.heads
+        self.sizes, self.inner = Sizes(), Merge()
+
+    def forward(self, x: Tensor, *, causal: bool = True) -> Tensor:
+        batch = x.shape[0]
+        qkv = self.qkv(x).view(batch, -1, 3, self.sizes.heads, 4).permute(2, 0, 3, 1, 4)
+        return self.out(self.inner(F.scaled_dot_product_attention(*qkv.unbind(0))))
+
+
+class Merge(nn.Module):
+    """Merges heads, as many as it remembers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 12
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).reshape(x.shape[0], -1, self.width)
+
+
+def test_sizes_that_are_shared_change_for_the_module_that_reads_them() -> None:
+    model, exported = without_a_head(ReadsShared)
+    small = exported.model.attention
+    assert type(small) is ReadsShared
+    assert (small.sizes.heads, small.sizes.unread, small.inner.width) == (2, 3, 8)
+    assert exported.plan.attributes == {"attention": {"sizes.heads": 2}, "attention.inner": {"width": 8}}
+    assert exported.report.rewritten == exported.report.frozen == []
+    assert_equal(model, exported.model)
+
+
+def test_a_row_that_is_always_looked_up_is_no_dead_branch() -> None:
+    class Typed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.up, self.down = nn.Embedding(3, 12), nn.Linear(12, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            kinds = torch.zeros_like(x[..., 0], dtype=torch.long)
+            return self.down(torch.relu(self.up(x + self.table(kinds))))
+
+    model = dg.gate(Typed(), "hidden", example_inputs=X)
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[[1, 4]] = 0
+    exported = dg.export(model, X, latency=False)
+    assert exported.report.rewritten == []
+    assert exported.model.table.weight.shape == (3, 12)
+    assert exported.model.up.weight.shape == (6, 12)

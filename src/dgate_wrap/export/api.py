@@ -15,6 +15,7 @@ from ..gating import ungate
 from ..pruning import PruneReport, prune
 from ..tracing import Inputs, normalize_inputs
 from ..tracing.capture import all_tensors
+from .configs import express
 from .facts import Facts
 from .plan import Plan
 from .report import Kept, Report, Size, find_kept, latencies, measure
@@ -112,6 +113,8 @@ def export(
         verifier = Verifier(dense, inputs)
         found = smallest(dense, subject, verifier, rewrite=rewrite, select_inputs=select_inputs)
         report = _report(dense, found, inputs, pruning, tensors, dead, latency)
+        taken = inputs if found.plan.select_inputs else reduced(inputs, found.small, found.plan.inputs)
+        report = replace(report, config=express(dense, found.small, taken))
     for name, module in found.small.named_modules():
         module.training = model.get_submodule(name).training
     return Exported(found.small, found.plan, report, signature(dense), _dropped(dense, found))

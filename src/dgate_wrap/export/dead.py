@@ -60,7 +60,16 @@ def _layers(facts: Facts) -> set[str]:
 
 def _is_dead(facts: Facts, span: set[Node]) -> bool:
     results = [n for n in span if any(u not in span for u in n.users)]
+    given = {n for node in span for n in node.all_input_nodes if n in facts.varying} - span
+    if given and all(_fixed_index(facts, n) for n in given):  # the row of a table that the example happens to ask for
+        return False
     return any(n in facts.varying for n in results) and all(_idle(facts, n) for n in results)
+
+
+def _fixed_index(facts: Facts, node: Node) -> bool:
+    """Tell whether a node is a constant that no dead weight can have made one: integers."""
+    value = facts.values.get(node)
+    return isinstance(value, Tensor) and not value.is_floating_point() and not bool(facts.unknown[node].any())
 
 
 def _idle(facts: Facts, node: Node) -> bool:

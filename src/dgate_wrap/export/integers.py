@@ -13,7 +13,7 @@ from ..tracing.capture import owner
 from .widths import Widths
 
 Patch = dict[str, dict[str, int]]
-"""New integers: per attribute, per module that has it. ``config.heads`` is an attribute of an object of the module's."""
+"""New integers: per attribute, per module that has it; ``config.heads`` is that of an object which a module holds."""
 
 _MOST = 6
 """How many attributes of one module are tried in all combinations."""

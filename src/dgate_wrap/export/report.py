@@ -67,6 +67,8 @@ class Report:
         rewritten: Modules whose forward was written anew as a graph.
         gone: Modules that are gone with all their parameters: dead branches.
         inputs: Per input of which only some features are needed: per axis, their indices.
+        config: Fields of the configuration that the model was made from, which express its new sizes, with their
+            values; ``None`` if no values do.
     """
 
     before: Size
@@ -81,6 +83,7 @@ class Report:
     rewritten: list[str] = field(default_factory=list[str])
     gone: list[str] = field(default_factory=list[str])
     inputs: dict[str, dict[int, list[int]]] = field(default_factory=dict[str, dict[int, list[int]]])
+    config: dict[str, int] | None = field(default_factory=dict[str, int])
 
     @property
     def speedup(self) -> float | None:
@@ -109,6 +112,10 @@ class Report:
             )
         if self.gone:
             lines.append(f"gone with all their parameters: {', '.join(self.gone)}")
+        if self.config is None:
+            lines.append("its configuration cannot express the result, and stays as it was: save with dg.save")
+        elif self.config:
+            lines.append(f"its configuration says: {', '.join(f'{k} = {v}' for k, v in self.config.items())}")
         return "\n".join(lines)
 
 

@@ -178,20 +178,7 @@ class Widths:
                 continue
             self.keep[node] = [torch.zeros(n, dtype=torch.bool) for n in value.shape]
             self.why[node] = [torch.full((n,), -1) for n in value.shape]
-            source = self.facts.trace.sources.get(node)
-            if source is not None and source.kind == "input":
-                self._start_from(node)
-                for axis in range(value.dim()):
-                    if not self._can_select(node, axis):
-                        self._keep_axis(node, axis, self.reason("it is an input of the model"))
-            elif (source is not None and source.kind == "constant") or node.op == "get_attr":
-                self._keep_whole(node, self.reason("it is a constant that the forward makes"))
-            elif source is not None and not node.users:
-                self._keep_whole(node, self.reason("the traced forward does not use it"))
-            elif self.facts.unknown[node].any():
-                self._start_from(node)
-            elif node not in self.facts.varying:
-                self._start_beyond(node)
+            self._start_at(node)
         for node in self.facts.nodes:
             if node.op == "call_function" and (owner(node) or "") in self._frozen.modules:
                 for n in (node, *(n for n in node.all_input_nodes if n in self.facts.varying)):
@@ -199,6 +186,23 @@ class Widths:
             if node.op == "output":
                 for n in node.all_input_nodes:
                     self._keep_results(n, self.reason("it is an output of the model"))
+
+    def _start_at(self, node: Node) -> None:
+        """Keep what a tensor needs to hold, whatever operations demand of it."""
+        source = self.facts.trace.sources.get(node)
+        if source is not None and source.kind == "input":
+            self._start_from(node)
+            for axis in range(len(self.keep[node])):
+                if not self._can_select(node, axis):
+                    self._keep_axis(node, axis, self.reason("it is an input of the model"))
+        elif (source is not None and source.kind == "constant") or node.op == "get_attr":
+            self._keep_whole(node, self.reason("it is a constant that the forward makes"))
+        elif source is not None and not node.users:
+            self._keep_whole(node, self.reason("the traced forward does not use it"))
+        elif self.facts.unknown[node].any():
+            self._start_from(node)
+        elif node not in self.facts.varying:
+            self._start_beyond(node)
 
     def _start_beyond(self, node: Node) -> None:
         """Keep what slices leave out of a table: positions beyond the example's length, which other inputs reach."""
