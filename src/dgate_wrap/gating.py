@@ -428,18 +428,16 @@ def ungate(model: nn.Module) -> nn.Module:
             expected="gates alone",
             mend="torch.nn.utils.parametrize.remove_parametrizations(module, name) for the other one first",
         )
-    with torch.no_grad():
-        weights = [(t.omega, getattr(*t.hosts[0]).detach()) for t in tensors]
+    with torch.no_grad():  # one after the other: all weights at once would take their memory twice
+        for t in {id(t.omega): t for t in tensors}.values():
+            t.omega.copy_(getattr(*t.hosts[0]).detach())
+            t.omega.grad = None
     frozen = [p for gates, _ in by_gates(tensors) for p in gates.frozen]
     for host, name in hosts:
         orders = [p.order for chain in parametrizations_of(host).values() for p in chain if isinstance(p, GatedWeight)]
         _own_class(host)
         parametrize.remove_parametrizations(host, name, leave_parametrized=False)
         _restore_order(host, max(orders, key=len))
-    with torch.no_grad():
-        for omega, weight in weights:
-            omega.copy_(weight)
-            omega.grad = None
     for p in frozen:
         p.requires_grad_(True)
     for host in {id(h): h for h, _ in hosts}.values():

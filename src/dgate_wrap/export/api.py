@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import time
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,18 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from ..gates import GatedTensor, by_gates, require_gated
+from ..gates import GatedTensor, Gates, by_gates, require_gated
 from ..gating import ungate
 from ..pruning import PruneReport, prune
-from ..tracing import Inputs, normalize_inputs
+from ..tracing import Inputs, capture, normalize_inputs
 from ..tracing.capture import all_tensors
 from .configs import express
+from .constants import on_axis
+from .copies import separate_, share, weight_bytes
 from .facts import Facts
-from .plan import Plan
+from .plan import Cut, Plan
 from .report import Kept, Report, Size, find_kept, latencies, measure
-from .search import Found, Subject, smallest
+from .search import Found, Subject, name_difference, smallest
 from .selection import reduced
-from .verify import Verifier, run, to_double
+from .verify import Certificate, Verifier, constant_output, run, to_double
+
+_LARGE = 2 * 2**30
+"""Bytes of weights above which a copy in float64 is not made: then float64 is used operation by operation."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ def export(
     example_inputs: object = None,
     example_kwargs: dict[str, Any] | None = None,
     *,
+    batches: Iterable[object] = (),
     tol: float | None = None,
     latency: bool = True,
     rewrite: bool = True,
@@ -71,10 +79,16 @@ def export(
 
     Folding is an identity of eval mode. Constants are exact for finite activations.
 
+    The outputs are compared on the example, on random inputs (also with other sizes of every axis that the given model
+    lets vary, all axes of one size together), and on ``batches``: in the model's own precision, and in float64 where
+    the model runs in it; above 2 GiB of weights in float64 on the example and one random input only.
+
     Args:
         model: A gated model.
         example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
         example_kwargs: Keyword inputs beside positional ones.
+        batches: Inputs of your own to compare on too, each in the form of ``example_inputs`` (keyword inputs stay those
+            of the example) and without labels: of a loader of pairs, ``(x for x, y in loader)``. Read once, at the end.
         tol: Norm at or below which a group counts as dead; 1e-6 if not given. ``dg.groups(model)`` shows the gap.
         latency: Whether to measure the latency before and after (about half a second).
         rewrite: Whether the forward of a module may be written anew as a graph, where its own code cannot follow the
@@ -89,8 +103,8 @@ def export(
         NotGatedError: If the model holds no gates.
         PruneError: If tol is negative or not finite.
         TraceError: If example inputs are missing or do not fit, or the model cannot be traced.
-        ExportError: If the pruned model's output no longer depends on its input, its own output is not finite, or no
-            smaller network was found equal.
+        ExportError: If the pruned model's output no longer depends on its input, is not finite on the example or on one
+            of the batches, or no smaller network was found equal; it names the first module that differs.
 
     Example:
         >>> import dgate_wrap as dg
@@ -102,21 +116,30 @@ def export(
     """
     require_gated(model, "cannot export")
     inputs = normalize_inputs(example_inputs, example_kwargs)
+    clock = _Clock()
     with torch.no_grad():
-        pruned = _copy(model).eval()  # reading a spectrally normalized weight in train mode would change it
-        pruning = prune(pruned, tol=tol)
-        tensors = require_gated(pruned, "cannot export")
-        dead = _dead_groups(tensors)
-        dense = ungate(pruned)
-        subject = _analyse(dense, inputs)
+        with clock("copy"):
+            pruned = _copy(model).eval()  # reading a spectrally normalized weight in train mode would change it
+            pruning = prune(pruned, tol=tol)
+            tensors = require_gated(pruned, "cannot export")
+            dead = _dead_groups(tensors)
+            labels = [(gates, [(t.name, t.gate.index.cpu()) for t in members]) for gates, members in by_gates(tensors)]
+            dense = ungate(pruned)
+        subject, doubled, given, why = _analyse(dense, inputs, clock)
         _require_varying_output(subject.facts, pruning)
-        verifier = Verifier(dense, inputs)
-        found = smallest(dense, subject, verifier, rewrite=rewrite, select_inputs=select_inputs)
-        report = _report(dense, found, inputs, pruning, tensors, dead, latency)
-        taken = inputs if found.plan.select_inputs else reduced(inputs, found.small, found.plan.inputs)
-        report = replace(report, config=express(dense, found.small, taken))
+        verifier = Verifier(dense, doubled, inputs, why, given, one_by_one=weight_bytes(dense) > _LARGE)
+        with clock("search"):
+            found = smallest(dense, subject, verifier, rewrite=rewrite, select_inputs=select_inputs)
+        clock.seconds["search"] -= verifier.checking
+        certificate = _check_batches(verifier, found, batches, example_kwargs)
+        clock.seconds["verification"] = verifier.preparing + verifier.checking
+        with clock("report"):
+            report = _report(dense, found, certificate, inputs, pruning, labels, dead, latency)
+            report = replace(report, config=express(dense, found.small, reduced(inputs, found.small, found.plan.taken)))
+        separate_(found.small, model, dense)
     for name, module in found.small.named_modules():
         module.training = model.get_submodule(name).training
+    report = replace(report, seconds=clock.seconds)
     return Exported(found.small, found.plan, report, signature(dense), _dropped(dense, found))
 
 
@@ -126,15 +149,38 @@ def _dropped(dense: nn.Module, found: Found) -> dict[str, Tensor]:
     return {n: t.detach().to("cpu", copy=True) for n, t in all_tensors(dense) if n not in held}
 
 
+class _Clock:
+    """Adds up the seconds that each phase takes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Generator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
 def _copy(model: nn.Module) -> nn.Module:
+    """Copy a gated model; what has no gates lies where it did."""
+    tensors = require_gated(model, "cannot export")
+    gated = [p for t in tensors for p in (t.omega, t.gates.gamma)]
+    indices = [t.gate._gather for t in tensors if t.gate._gather is not None]
+    return share(model, own=gated, shared=indices)
+
+
+def _check_batches(
+    verifier: Verifier, found: Found, batches: Iterable[object], example_kwargs: dict[str, Any] | None
+) -> Certificate:
+    """Compare on the user's own batches too."""
+    given = (normalize_inputs(batch, example_kwargs) for batch in batches)
     try:
-        return copy.deepcopy(model)
-    except Exception as e:
-        raise ExportError(
-            f"{type(model).__name__} cannot be copied: {type(e).__name__}: {e}",
-            expected="a model that copy.deepcopy copies",
-            mend="drop tensors that are results of a forward from its attributes (they carry autograd history)",
-        ) from e
+        return verifier.check_batches(found.small, found.exact, found.certificate, given, found.plan.taken)
+    except ExportError as e:
+        if verifier.mismatch is None:
+            raise
+        raise name_difference(found.subject, found.exact, found.widths, found.plan, verifier.mismatch) from e
 
 
 def _dead_groups(tensors: list[GatedTensor]) -> dict[int, Tensor]:
@@ -142,35 +188,51 @@ def _dead_groups(tensors: list[GatedTensor]) -> dict[int, Tensor]:
     return {id(gates): (gates.gamma == 0).any(1).cpu() for gates, _ in by_gates(tensors)}
 
 
-def _analyse(dense: nn.Module, inputs: Inputs) -> Subject:
-    """Trace and analyse on the CPU, in float64 where the model allows, so that constants are exact."""
-    inputs = inputs.map(Tensor.cpu)
-    doubled, exact = copy.deepcopy(dense).cpu().double(), inputs.map(to_double)
+def _analyse(
+    dense: nn.Module, inputs: Inputs, clock: _Clock
+) -> tuple[Subject, nn.Module | None, list[Any] | None, str]:
+    """Trace and analyse on the CPU, in float64 where the model allows and fits, so that constants are exact.
+
+    Returns:
+        What was analysed, the model in float64 and its outputs if there are any, and which precisions are compared.
+    """
+    here = inputs.map(Tensor.cpu)
+    if weight_bytes(dense) > _LARGE:
+        on_cpu = all(t.device.type == "cpu" for t in [*dense.parameters(), *dense.buffers()])
+        model = dense if on_cpu else share(dense).cpu()
+        why = "its own, and float64 operation by operation on two inputs: the weights take more than 2 GiB"
+        return _subject(model, here, clock), None, None, why
+    doubled, exact = share(dense).cpu().double(), here.map(to_double)
     try:
-        run(doubled, exact)  # some operations know float32 only
-        return Subject.of(doubled, exact)
-    except Exception:
-        return Subject.of(copy.deepcopy(dense).cpu(), inputs)
+        with clock("analysis"):
+            given = run(doubled, exact)  # some operations know float32 only
+        return _subject(doubled, exact, clock), doubled, given, "float64, and its own"
+    except Exception as e:
+        why = f"its own alone: it does not run or trace in float64 ({type(e).__name__})"
+        return _subject(share(dense).cpu(), here, clock), None, None, why
+
+
+def _subject(model: nn.Module, inputs: Inputs, clock: _Clock) -> Subject:
+    with clock("trace"):
+        trace = capture(model, inputs.args, inputs.kwargs)
+    with clock("analysis"):
+        return Subject(model, inputs, Facts(trace))
 
 
 def _require_varying_output(facts: Facts, pruning: PruneReport) -> None:
     outputs = [n for node in facts.nodes if node.op == "output" for n in node.all_input_nodes]
     varies = any(bool(facts.unknown[n].any()) for n in outputs if isinstance(facts.unknown[n], Tensor))
     if not varies:
-        raise ExportError(
-            f"the pruned network is constant: no output depends on the input any more "
-            f"({pruning.dead} of {pruning.total} groups are dead).",
-            expected="a network that still computes something",
-            mend="train with a smaller lam, or prune at a smaller tol or ratio; dg.groups(model) shows the norms",
-        )
+        raise constant_output(f"{pruning.dead} of {pruning.total} groups are dead")
 
 
 def _report(
     dense: nn.Module,
     found: Found,
+    certificate: Certificate,
     inputs: Inputs,
     pruning: PruneReport,
-    tensors: list[GatedTensor],
+    labels: list[tuple[Gates, list[tuple[str, Tensor]]]],
     dead: dict[int, Tensor],
     latency: bool,
 ) -> Report:
@@ -191,14 +253,16 @@ def _report(
     nodes = {s.name: n for n, s in widths.facts.trace.sources.items() if s.kind == "parameter"}
     removed = start = 0
     kept: list[Kept] = []
-    for gates, members in by_gates(tensors):
+    for gates, members in labels:
         stays = torch.zeros_like(dead[id(gates)])
-        for t in members:
-            cut = plan.cuts.get(t.name)
-            mask = torch.full(t.omega.shape, t.name not in gone) if cut is None or t.name in gone else cut.mask()
-            index = t.gate.index.cpu()
-            why = widths.element_why(nodes[t.name], [a for a, n in enumerate(index.shape) if n > 1])
-            part, reasons = find_kept(t.name, index, mask, dead[id(gates)], why, widths.reasons, start)
+        for name, index in members:
+            if name in gone:
+                continue
+            why = torch.full(index.shape, -1)
+            for axis in (a for a, n in enumerate(index.shape) if n > 1):
+                why = torch.maximum(why, on_axis(widths.why[nodes[name]][axis], axis, index.dim()))
+            mask = _stays(plan.cuts.get(name), index)
+            part, reasons = find_kept(name, index, mask, dead[id(gates)], why, widths.reasons, start)
             stays |= part
             kept += reasons
         removed += int((dead[id(gates)] & ~stays).sum())
@@ -212,12 +276,35 @@ def _report(
         removed,
         kept,
         folded,
-        found.certificate,
+        replace(certificate, removed=_removed(dense, small), gone=_gone(dense, small), rewritten=sorted(plan.recipes)),
         sorted(found.frozen.reshapes | found.frozen.modules),
         sorted(plan.recipes),
         _gone(dense, small),
         dict(plan.inputs),
     )
+
+
+def _stays(cut: Cut | None, index: Tensor) -> Tensor:
+    """Mark, in the shape of a parameter's groups, where anything of it stays."""
+    if cut is None:
+        return torch.ones(index.shape, dtype=torch.bool)
+    shared = [a for a, n in enumerate(index.shape) if n == 1]
+    if cut.columns is not None:
+        return cut.mask().any(shared, keepdim=True) if shared else cut.mask()
+    out = torch.ones(index.shape, dtype=torch.bool)
+    for axis, kept in cut.axes.items():
+        if axis not in shared:
+            mask = torch.zeros(index.shape[axis], dtype=torch.bool)
+            mask[kept] = True
+            out = out & on_axis(mask, axis, index.dim())
+    return out
+
+
+def _removed(dense: nn.Module, small: nn.Module) -> dict[str, tuple[list[int], list[int] | None]]:
+    """Return the shapes before and after of every parameter and buffer that is smaller or gone."""
+    (before, after) = (dict(all_tensors(m)) for m in (dense, small))
+    shapes = {n: (list(t.shape), list(after[n].shape) if n in after else None) for n, t in before.items()}
+    return {n: (a, b) for n, (a, b) in shapes.items() if a != b}
 
 
 def _gone(dense: nn.Module, small: nn.Module) -> list[str]:

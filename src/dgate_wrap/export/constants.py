@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import singledispatchmethod
 from typing import Any
@@ -59,8 +60,12 @@ class Constants:
             n: describe(n, self.varying) for n in self.nodes if n.op == "call_function"
         }
         self._maps: dict[Node, list[Tensor]] = {}
+        self._boxes: dict[Node, list[Tensor] | None] = {}
+        self._extremes: dict[tuple[Node, int], tuple[Tensor, Tensor]] = {}
         self._absorbing: dict[tuple[Node, Node], bool] = {}
         self.unknown: dict[Node, Any] = {}
+        self.elsewhere: list[Mapping[Node, Any]] = []
+        """Values of runs at other sizes, if it turned out that constants differ from size to size."""
         for node in self.nodes:
             self._find_unknown(node)
 
@@ -136,11 +141,50 @@ class Constants:
 
     @_unknown.register
     def _(self, family: Contraction, node: Node) -> Any:
-        return family.apply(self.unknown[family.x].float(), self.pattern(family)) > 0.5
+        unknown, box = self.unknown[family.x], self.box(family)
+        if box is None:
+            return family.apply(unknown.float(), self.pattern(family)) > 0.5
+        read = (unknown & on_axis(box[family.w_in], family.x_axis, unknown.dim())).any(family.x_axis, keepdim=True)
+        if family.spatial:
+            read = family.apply(read.float(), taps(box)) > 0.5
+        return read & on_axis(box[family.w_out], family.out_axis, len(shape_of(node)))
 
     def pattern(self, family: Contraction) -> Tensor:
         """Return ones where a contraction's weight is not zero."""
         return (self.values[family.weight] != 0).float()
+
+    def box(self, family: Contraction) -> list[Tensor] | None:
+        """Mark, per axis of a contraction's weight, the indices that are not zero throughout.
+
+        ``None`` if something else is zero than what has one of the other indices, or if the weight is grouped.
+        """
+        if family.groups > 1:
+            return None
+        if family.weight not in self._boxes:
+            nonzero = self.values[family.weight] != 0
+            axes = range(nonzero.dim())
+            box = [nonzero.any([b for b in axes if b != a]) for a in axes]
+            full = int(nonzero.count_nonzero()) == math.prod(int(m.count_nonzero()) for m in box)
+            self._boxes[family.weight] = box if full else None
+        return self._boxes[family.weight]
+
+    def extremes(self, node: Node, axis: int) -> tuple[Tensor, Tensor]:
+        """Return the smallest and the largest value at every index along an axis, in float64."""
+        if (node, axis) not in self._extremes:
+            self._extremes[node, axis] = _extremes(self.values[node], axis)
+        return self._extremes[node, axis]
+
+    def sized(self, node: Node, axis: int) -> Tensor:
+        """Mark the indices along an axis at which a value was seen to be another one at other sizes of the inputs."""
+        low, high = self.extremes(node, axis)
+        found = torch.zeros(low.shape, dtype=torch.bool)
+        for values in self.elsewhere:
+            for here, there in zip((low, high), _extremes(values[node], axis), strict=True):
+                if here.shape != there.shape:
+                    return torch.ones_like(found)
+                bound = rounding(self.values[node]) * torch.maximum(here.abs(), there.abs())
+                found |= (here - there).abs() > bound
+        return found
 
     @_unknown.register
     def _(self, family: Mixing, node: Node) -> Any:
@@ -322,9 +366,12 @@ class Constants:
 
 
 def full_mask(value: Any, fill: bool) -> Any:
-    """Return a mask, or a list of masks, of the shapes of a value; ``None`` for what is no tensor."""
+    """Return a mask, or a list of masks, of the shapes of a value; ``None`` for what is no tensor.
+
+    All elements share one place in memory: not to be written to.
+    """
     if isinstance(value, Tensor):
-        return torch.full(value.shape, fill, dtype=torch.bool)
+        return torch.full((), fill, dtype=torch.bool).expand(value.shape)
     if isinstance(value, tuple | list):
         return [full_mask(v, fill) for v in value]
     return None
@@ -338,6 +385,25 @@ _CANDIDATE = {4: 2, 3: 2, 1: 0}
 """Which block of rows of a recurrent weight makes the candidate state, by the number of gates: LSTM, GRU, plain."""
 
 _BILINEAR = "...i,oij,...j->...o"
+
+
+def _extremes(value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    others = [a for a in range(value.dim()) if a != axis]
+    low, high = (value.amin(others), value.amax(others)) if others else (value, value)
+    return low.double(), high.double()
+
+
+def on_axis(vector: Tensor, axis: int, ndim: int) -> Tensor:
+    """Return a vector as a tensor of several axes that broadcasts along all but one."""
+    return vector.view([-1 if a == axis else 1 for a in range(ndim)])
+
+
+def taps(box: list[Tensor]) -> Tensor:
+    """Return the kernel of one channel with ones where the kernels of a weight are not zero."""
+    out = torch.ones(1, 1, *[1] * (len(box) - 2))
+    for axis in range(2, len(box)):
+        out = out * on_axis(box[axis], axis, len(box))
+    return out
 
 
 def along(mask: Tensor, axis: int) -> Tensor:

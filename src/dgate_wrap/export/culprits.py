@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+import warnings
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from ..tracing import Inputs
-from ..tracing.capture import evaluating
-from .facts import Facts
+from ..tracing import Inputs, Trace, capture
+from ..tracing.capture import evaluating, operation
 from .plan import Cut, cut_axes
 from .recipes import bind, plain_signature
 from .widths import Widths
@@ -31,10 +31,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Culprit:
-    """A module that fails: its path, and how many calls had ended well before."""
+    """A module that fails: whose code it is, how many calls had ended well before, and the call itself."""
 
     path: str
     done: int
+    call: str
 
 
 @contextlib.contextmanager
@@ -75,9 +76,17 @@ def record_calls(model: nn.Module, inputs: Inputs) -> list[Call]:
 
 
 def find_culprit(
-    model: nn.Module, inputs: Inputs, facts: Facts, widths: Widths, expected: list[Call]
+    model: nn.Module, inputs: Inputs, values: Mapping[Node, Any], widths: Widths, expected: list[Call]
 ) -> Culprit | None:
-    """Return the first module that fails or differs, the innermost one; ``None`` if none does."""
+    """Return the first module that fails or differs, the innermost one; ``None`` if none does.
+
+    Args:
+        model: The smaller model.
+        inputs: What it is run on.
+        values: Per node of the graph, its value in the dense model on the same inputs.
+        widths: What is kept of them.
+        expected: The calls of the dense model's modules.
+    """
     calls: list[Call] = []
     open_calls: list[str] = []
     failed: str | None = None
@@ -86,15 +95,52 @@ def find_culprit(
             model(*inputs.args, **inputs.kwargs)
     except Exception:
         failed = open_calls[-1] if open_calls else ""
-    by_value = _Values(facts, widths)
+    by_value = _Values(values, widths)
     wanted: dict[str, list[Call]] = {}
     for call in expected:
         wanted.setdefault(call.path, []).append(call)
     for done, call in enumerate(calls):  # what fails may be the victim of one that ran, and gave something else
         known = wanted.get(call.path)
         if not known or not by_value.agree(known.pop(0).result, call.result):
-            return Culprit(_with_code(model, call.path), done)
-    return None if failed is None else Culprit(_with_code(model, failed), len(calls))
+            return Culprit(_with_code(model, call.path), done, call.path)
+    return None if failed is None else Culprit(_with_code(model, failed), len(calls), failed)
+
+
+def first_difference(
+    dense: nn.Module, small: nn.Module, trace: Trace, widths: Widths, inputs: tuple[Inputs, Inputs]
+) -> str | None:
+    """Return the first module of a smaller model that differs from the dense one on any inputs; ``None`` if unknown.
+
+    Args:
+        dense: The dense model.
+        small: The smaller one, in the same precision.
+        trace: The dense model's trace.
+        widths: What is kept, on the nodes of this trace.
+        inputs: What the dense model is run on, and the smaller one.
+    """
+    with contextlib.suppress(Exception):  # a name is a help; without one the error is raised all the same
+        values = values_on(dense, trace, inputs[0])
+        if values is not None:
+            found = find_culprit(small, inputs[1], values, widths, record_calls(dense, inputs[0]))
+            return None if found is None else found.call
+    return None
+
+
+def values_on(dense: nn.Module, trace: Trace, inputs: Inputs) -> dict[Node, Any] | None:
+    """Return the value of every node of a trace on other inputs, of other sizes too; ``None`` if the graph differs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the first capture gave them
+        here = trace if _alike(trace.inputs, inputs) else capture(dense, inputs.args, inputs.kwargs)
+    if [operation(n) for n in here.nodes] != [operation(n) for n in trace.nodes]:
+        return None
+    placeholders = [n for n, s in here.sources.items() if s.kind == "input"]
+    values = here.run(dict(zip(placeholders, inputs.leaves(), strict=True)))
+    return {n: values[m] for n, m in zip(trace.nodes, here.nodes, strict=True) if m in values}
+
+
+def _alike(a: Inputs, b: Inputs) -> bool:
+    """Tell whether inputs have the same shapes."""
+    return [getattr(x, "shape", x) for x in a.leaves()] == [getattr(x, "shape", x) for x in b.leaves()]
 
 
 def _with_code(model: nn.Module, path: str) -> str:
@@ -107,10 +153,10 @@ def _with_code(model: nn.Module, path: str) -> str:
 class _Values:
     """Tells what a tensor of the dense model should be in the smaller one."""
 
-    def __init__(self, facts: Facts, widths: Widths) -> None:
-        self.facts, self.widths = facts, widths
+    def __init__(self, values: Mapping[Node, Any], widths: Widths) -> None:
+        self.values, self.widths = values, widths
         self._nodes: dict[tuple[Any, ...], list[Node]] = {}
-        for node, value in facts.values.items():
+        for node, value in values.items():
             if isinstance(value, Tensor) and node in widths.keep:
                 self._nodes.setdefault((tuple(value.shape), value.dtype), []).append(node)
 
@@ -120,13 +166,13 @@ class _Values:
         return len(a) == len(b) and all(self._agree(x, y) for x, y in zip(a, b, strict=True))
 
     def _agree(self, x: Tensor, y: Tensor) -> bool:
-        nodes = [n for n in self._nodes.get((tuple(x.shape), x.dtype), []) if torch.equal(self.facts.values[n], x)]
+        nodes = [n for n in self._nodes.get((tuple(x.shape), x.dtype), []) if torch.equal(self.values[n], x)]
         if not nodes:
             return True  # not in the graph: nothing to compare with
         return any(self._same(self._cut(n), y) for n in nodes)
 
     def _cut(self, node: Node) -> Tensor:
-        return Cut((), cut_axes(self.widths.keep[node])).apply(self.facts.values[node])
+        return Cut((), cut_axes(self.widths.keep[node])).apply(self.values[node])
 
     @staticmethod
     def _same(x: Tensor, y: Tensor) -> bool:

@@ -29,7 +29,7 @@ from ..tracing.families import (
     Recurrence,
 )
 from ..tracing.operations import shape_of
-from .constants import Constants, along, fit, full_mask
+from .constants import Constants, along, fit, full_mask, on_axis, taps
 
 
 class Facts(Constants):
@@ -96,11 +96,15 @@ class Facts(Constants):
 
     @_live.register
     def _(self, family: Contraction, node: Node, live: Any) -> None:
-        with torch.enable_grad():
-            x = torch.zeros(shape_of(family.x), requires_grad=True)
-            out = family.apply(x, self.pattern(family))
-        [reached] = torch.autograd.grad(out, x, live.float())
-        self._mark(family.x, reached > 0.5)
+        box, shape = self.box(family), list(shape_of(family.x))
+        if box is None:
+            self._mark(family.x, _reached(family, shape, self.pattern(family), live))
+            return
+        asked = (live & on_axis(box[family.w_out], family.out_axis, live.dim())).any(family.out_axis, keepdim=True)
+        if family.spatial:
+            shape[family.x_axis] = 1
+            asked = _reached(family, shape, taps(box), asked)
+        self._mark(family.x, asked & on_axis(box[family.w_in], family.x_axis, len(shape)))
 
     @_live.register
     def _(self, family: Mixing, node: Node, live: Any) -> None:
@@ -272,3 +276,12 @@ class Facts(Constants):
     def _(self, family: Pick, node: Node, live: Any) -> None:
         parts = self.live[family.source]
         parts[family.index] = parts[family.index] | live
+
+
+def _reached(family: Contraction, shape: list[int], weight: Tensor, live: Tensor) -> Tensor:
+    """Mark the elements of a contraction's operand that live results read through a weight."""
+    with torch.enable_grad():
+        x = torch.zeros(shape, requires_grad=True)
+        out = family.apply(x, weight)
+    [reached] = torch.autograd.grad(out, x, live.float())
+    return reached > 0.5

@@ -90,11 +90,16 @@ class Plan:
     scatters: dict[str, Scatter] = field(default_factory=dict[str, Scatter])
     rescaled: dict[str, float] = field(default_factory=dict[str, float])
 
+    @property
+    def taken(self) -> dict[str, dict[int, list[int]]]:
+        """What the model takes of its arguments, if it does not take them whole."""
+        return {} if self.select_inputs else self.inputs
+
     def apply(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Put the tensors of the smaller network into a model of the original shapes, and set its modules' sizes.
 
         Args:
-            model: The model; changed in place.
+            model: The model; changed in place, but for the memory of its parameters, which a copy may share.
             tensors: Per changed parameter or buffer, its new value; also the constants of the recipes.
 
         Returns:
@@ -104,7 +109,7 @@ class Plan:
         constants |= {_filled(p) for p, scatter in self.scatters.items() if scatter.filled}
         for name in self.new_biases:
             layer = cast(Any, model.get_submodule(name))
-            layer.bias = nn.Parameter(tensors[f"{name}.bias" if name else "bias"].clone(), layer.weight.requires_grad)
+            layer.bias = nn.Parameter(tensors[f"{name}.bias" if name else "bias"], layer.weight.requires_grad)
         for name, value in tensors.items():
             if name not in constants:
                 _replace(model, name, value)
@@ -146,6 +151,15 @@ class Draft:
     plan: Plan
     tensors: dict[str, Tensor]
 
+    def computed(self, model: nn.Module) -> bool:
+        """Tell whether a value is not simply what stays of one of the model's."""
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name, value in self.tensors.items():
+            old, cut = state.get(name), self.plan.cuts.get(name)
+            if old is None or not torch.equal(old if cut is None else cut.apply(old), value.to(old)):
+                return True
+        return False
+
     def patched(self, patch: Mapping[str, Mapping[str, int]]) -> Draft:
         """Return a draft in which modules remember other integers: per attribute, per module."""
         attributes = {p: dict(values) for p, values in self.plan.attributes.items()}
@@ -178,16 +192,14 @@ def _set(holder: Any, attribute: str, value: float) -> None:
 
 
 def _replace(model: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter or buffer under every name that it has."""
+    """Replace a parameter or buffer under every name that it has; what it held before is left as it is."""
     parent, _, leaf = name.rpartition(".")
     old = getattr(model.get_submodule(parent), leaf)
+    value = value.to(old.dtype)
     if old.shape == value.shape:
-        with torch.no_grad():
-            old.copy_(value)
+        old.data = value if isinstance(old, nn.Parameter) else value.clone()
         return
-    new: Any = (
-        nn.Parameter(value.clone(), requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value.clone()
-    )
+    new: Any = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value.clone()
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for key, held in store.items():

@@ -69,6 +69,7 @@ class Report:
         inputs: Per input of which only some features are needed: per axis, their indices.
         config: Fields of the configuration that the model was made from, which express its new sizes, with their
             values; ``None`` if no values do.
+        seconds: How long each phase of the export took.
     """
 
     before: Size
@@ -84,6 +85,7 @@ class Report:
     gone: list[str] = field(default_factory=list[str])
     inputs: dict[str, dict[int, list[int]]] = field(default_factory=dict[str, dict[int, list[int]]])
     config: dict[str, int] | None = field(default_factory=dict[str, int])
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
     def speedup(self) -> float | None:
@@ -103,7 +105,10 @@ class Report:
         lines.append(f"{self.pruning.dead} of {self.pruning.total} groups dead, {self.removed} of them removed")
         lines += [f"  kept: {len(k.groups)} of {k.parameter}: {k.reason}" for k in self.kept]
         errors = ", ".join(f"{v:.1e} in {k}" for k, v in self.certificate.max_error.items())
-        lines.append(f"verified on {len(self.certificate.probes)} inputs; largest relative difference {errors}")
+        skipped = f" ({len(self.certificate.skipped)} refused by the model itself)" if self.certificate.skipped else ""
+        lines.append(
+            f"verified on {len(self.certificate.probes)} inputs{skipped}; largest relative difference {errors}"
+        )
         if self.frozen:
             lines.append(f"kept whole for the code of {', '.join(p or 'the model' for p in self.frozen)} to run")
         if self.rewritten:
@@ -152,7 +157,7 @@ def latencies(
     with evaluating(a[0]), evaluating(b[0]), torch.no_grad():
         start = time.perf_counter()
         rounds = 0
-        while rounds < 5 or (time.perf_counter() - start < seconds and rounds < 200):
+        while rounds < 2 or (time.perf_counter() - start < seconds and rounds < 200):
             for (model, inputs), record in zip((a, b), times, strict=True):
                 if rounds % 4 == 1:
                     with _clocks(model, record, device):
@@ -212,16 +217,15 @@ def find_kept(
     Args:
         parameter: Its name.
         index: Groups of its elements, broadcasting to it.
-        stays: Which elements stay, in its shape.
+        stays: Where anything stays, in the shape of the index.
         dead: Which groups are dead, shape ``(G,)``.
-        why: Number of the reason of every element, in its shape.
+        why: Number of the reason, in that shape.
         reasons: The reasons.
         start: Position of group 0 in ``dg.groups(model)``.
 
     Returns:
         Which groups stay in part, shape ``(G,)``, and the reasons with their groups, the most frequent first.
     """
-    index = index.expand(stays.shape)
     hit = stays & (index >= 0) & dead[index.clamp_min(0)]
     first = torch.full(dead.shape, -1).scatter_reduce(0, index[hit], why[hit], "amax")
     found = {int(i): ((first == i).nonzero().flatten() + start).tolist() for i in first[first >= 0].unique()}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -14,7 +16,8 @@ from ..errors import ExportError, TraceError
 from ..tracing import Inputs, capture
 from ..tracing.capture import owner
 from ..tracing.symbolic import Symbolic, capture_symbolic, is_open
-from .culprits import Call, Culprit, find_culprit, record_calls
+from .copies import share
+from .culprits import Call, Culprit, find_culprit, first_difference, record_calls, values_on
 from .dead import Branch, find_dead
 from .facts import Facts
 from .grafts import Grafts
@@ -22,11 +25,14 @@ from .integers import Integers, Patch
 from .plan import Draft, Permissions, Plan, make_plan
 from .scatter import partial_rows
 from .selection import places, reduced
-from .verify import Certificate, Verifier
+from .verify import Certificate, Mismatch, Verifier, to_double
 from .widths import Frozen, Widths
 
 _WORTH = 0.98
 """Rewritten forwards are worth it if they leave at most this share of what the user's own code needs."""
+
+_SIZES = 4
+"""At how many other sizes of the inputs constants are looked at, before a network counts as different."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class Found:
     """A smaller network that is equal."""
 
     small: nn.Module
+    exact: nn.Module
+    subject: Subject
     widths: Widths
     plan: Plan
     certificate: Certificate
@@ -105,13 +113,28 @@ def smallest(dense: nn.Module, subject: Subject, verifier: Verifier, *, rewrite:
                 return rewritten
     if own is None:
         assert failure is not None
-        raise failure
+        raise search.named(failure) from failure
     return own
+
+
+def in_precision(subject: Subject, inputs: Inputs) -> Inputs:
+    """Return inputs as the analysis takes them."""
+    held = [*subject.inputs.leaves(), *subject.model.parameters()]
+    double = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in held)
+    return inputs.map(Tensor.cpu).map(to_double) if double else inputs.map(Tensor.cpu)
+
+
+def name_difference(subject: Subject, exact: nn.Module, widths: Widths, plan: Plan, mismatch: Mismatch) -> ExportError:
+    """Return the error for a network that differs, with the first module that does."""
+    inputs = in_precision(subject, mismatch.inputs)
+    taken = reduced(inputs, exact, plan.taken)
+    return mismatch.error(first_difference(subject.model, exact, widths.facts.trace, widths, (inputs, taken)))
 
 
 class _Search:
     def __init__(self, dense: nn.Module, subject: Subject, verifier: Verifier, *, select_inputs: bool) -> None:
         self.dense, self.verifier = dense, verifier
+        self._failed: dict[int, tuple[ExportError, Mismatch, nn.Module, Widths, Plan]] = {}
         self._tried_to_open = False
         self._set(subject)
         self._arguments = frozenset(places(dense, subject.inputs))
@@ -168,13 +191,25 @@ class _Search:
         """Make the smaller network, in its own precision and in that of the analysis, and require that it is equal."""
         plan = draft.plan
         own = {n: t.to(_like(self.dense, n, t)) for n, t in draft.tensors.items()}
-        small, exact = plan.apply(copy.deepcopy(self.dense), own), self._exact(draft)
-        kept = {} if plan.select_inputs else plan.inputs
-        return Found(small, widths, plan, self.verifier.check(small, exact, kept), frozen)
+        small = plan.apply(share(self.dense), own)
+        exact = small if self.subject.model is self.dense else self._exact(draft)
+        try:
+            certificate = self.verifier.check(
+                small, exact, plan.taken, computed=exact is small and draft.computed(self.dense)
+            )
+        except ExportError as e:
+            self._failed[id(e)] = e, cast(Mismatch, self.verifier.mismatch), exact, widths, plan
+            raise
+        return Found(small, exact, self.subject, widths, plan, certificate, frozen)
+
+    def named(self, failure: ExportError) -> ExportError:
+        """Return an error that names the first module that differs."""
+        _, mismatch, exact, widths, plan = self._failed[id(failure)]
+        return name_difference(self.subject, exact, widths, plan, mismatch)
 
     def _exact(self, draft: Draft) -> nn.Module:
         """Make the smaller network in the precision of the analysis."""
-        return draft.plan.apply(copy.deepcopy(self.subject.model), draft.tensors)
+        return draft.plan.apply(share(self.subject.model), draft.tensors)
 
     def repaired(self, *, rewrite: bool) -> Found:
         """Repair one module after the other, until the network is equal.
@@ -182,14 +217,20 @@ class _Search:
         Raises:
             ExportError: If it never is.
         """
-        frozen = Frozen()
+        frozen, earlier = Frozen(), dict(self._failed)
         while True:
+            self._failed = dict(earlier)  # with what is tried no more, its tensors go
             widths = self._widths(frozen, rewrite=rewrite)
             plain = Draft(*make_plan(widths, self.permissions, select_inputs=self._select_inputs))
             if plain.plan.inputs and not self._tried_to_open:
                 self.open()
                 continue
-            found = self._first_proven(plain, widths, frozen, rewrite=rewrite)
+            try:
+                found = self._first_proven(plain, widths, frozen, rewrite=rewrite)
+            except ExportError:
+                if not self._learns():
+                    raise
+                continue
             if isinstance(found, Found):
                 return found
             culprit, failure = found
@@ -197,6 +238,18 @@ class _Search:
             if colder is None:
                 raise failure
             frozen = colder
+
+    def _learns(self) -> bool:
+        """See which constants are others at the sizes at which a network differed last; tell whether that is news."""
+        mismatch, facts = self.verifier.mismatch, self.subject.facts
+        if mismatch is None or not mismatch.resized or len(facts.elsewhere) >= _SIZES:
+            return False
+        with contextlib.suppress(Exception):
+            values = values_on(self.subject.model, facts.trace, in_precision(self.subject, mismatch.inputs))
+            if values is not None:
+                facts.elsewhere.append(values)
+                return True
+        return False
 
     def _first_proven(
         self, plain: Draft, widths: Widths, frozen: Frozen, *, rewrite: bool
@@ -274,7 +327,7 @@ class _Search:
     def _culprit(self, draft: Draft, widths: Widths) -> Culprit | None:
         inputs = self.subject.inputs
         inputs = inputs if draft.plan.select_inputs else reduced(inputs, self.dense, draft.plan.inputs)
-        return find_culprit(self._exact(draft), inputs, self.subject.facts, widths, self.calls)
+        return find_culprit(self._exact(draft), inputs, self.subject.facts.values, widths, self.calls)
 
     def _with_integers(self, draft: Draft, culprit: Culprit, integers: Integers, widths: Widths) -> Draft | None:
         """Set the integers that a module remembers, and those alike, so that it does not fail any more."""

@@ -1,10 +1,16 @@
-"""Compare two networks on the example and on random inputs, before anything is handed over."""
+"""Compare two networks on the example, on random inputs of other sizes and on the user's own, before anything is given.
+
+What is compared in float64 leaves rounding no room to hide an error. In the model's own precision the tolerance follows
+from how far the reference itself is from float64.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+import contextlib
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,48 +19,148 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
 from ..tracing import Inputs
-from ..tracing.capture import evaluating
+from ..tracing.capture import evaluating, without_cache
+from .copies import InDouble
 from .selection import Kept, reduced
 
 _SEED = 20250923
 
+_OWN, _DOUBLE = "own precision", "float64"
+
+_SPREADS = (1.0, 10.0, 1000.0)
+"""How far random inputs spread, in deviations of the example, until one of them moves an output."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One input that the networks were compared on, or were not.
+
+    Args:
+        name: The example, a random input, or a batch of the user's.
+        shapes: Shapes of its tensors, in their order.
+        errors: Per precision, the largest difference, relative to the largest output; empty if it was skipped.
+        skipped: Why it was skipped, such as the reference's own refusal; empty if it was not.
+    """
+
+    name: str
+    shapes: list[list[int]]
+    errors: dict[str, float] = field(default_factory=dict[str, float])
+    skipped: str = ""
+
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was compared, and how far it differed.
+    """What was compared, how far it differed, and of what.
 
     Args:
         max_error: Per precision, the largest difference over all probes, relative to the largest output.
-        probes: The inputs: the example, and random ones with their batch sizes.
+        tolerance: Per precision, the largest difference that would have been accepted.
+        precision: Which precisions were compared, and why not others.
+        probes: The inputs that were compared.
+        skipped: Random inputs that the reference itself refuses, with its words.
         seed: Seed of the random inputs.
+        torch_version: The torch that ran them.
+        removed: Per parameter and buffer that is smaller or gone: its shape before, and after (``None`` if gone).
+        gone: Modules that are gone with all their parameters.
+        rewritten: Modules whose forward was written anew.
     """
 
     max_error: dict[str, float]
-    probes: list[str]
+    tolerance: dict[str, float]
+    precision: str
+    probes: list[Probe]
+    skipped: list[Probe]
     seed: int = _SEED
+    torch_version: str = str(torch.__version__)
+    removed: dict[str, tuple[list[int], list[int] | None]] = field(
+        default_factory=dict[str, tuple[list[int], list[int] | None]]
+    )
+    gone: list[str] = field(default_factory=list[str])
+    rewritten: list[str] = field(default_factory=list[str])
 
 
-def probe_inputs(example: Inputs) -> Iterator[tuple[str, Inputs]]:
-    """Yield the example, and random inputs like it: the same batch size, one more, and one.
+@dataclass(frozen=True)
+class Mismatch:
+    """A comparison that failed: on which inputs, whether they are of other sizes than the example, and how."""
 
-    Floating-point inputs are drawn from a normal distribution with the mean and deviation of the example; integers and
-    booleans are drawn from the values of the example.
+    inputs: Inputs
+    resized: bool
+    found: str
+
+    def error(self, module: str | None = None) -> ExportError:
+        """Return the error for the user, naming the first module that differs, if it is known."""
+        place = "" if module is None else f" The first module that differs is {module or 'the model itself'!r}."
+        return ExportError(
+            f"the smaller network is not equal to the gated one: {self.found}.{place}",
+            expected="equal outputs on the example, on random inputs and on your batches",
+            mend="report the model; dg.ungate(model) gives the full-size network meanwhile",
+        )
+
+
+def _places_by_size(example: Inputs) -> dict[int, list[tuple[int, int]]]:
+    """Return where each size stands in the inputs: tensors by position, and their axes."""
+    places: dict[int, list[tuple[int, int]]] = {}
+    for i, x in enumerate(x for x in example.leaves() if isinstance(x, Tensor)):
+        for axis, n in enumerate(x.shape):
+            places.setdefault(n, []).append((i, axis))
+    return places
+
+
+def resizings(example: Inputs) -> Iterator[list[tuple[str, dict[tuple[int, int], int]]]]:
+    """Yield, per size of the inputs and new size, the ways to change it: a name, and the new sizes by tensor and axis.
+
+    A size is changed on all axes that have it. Where those lie at several positions (a batch as large as a width), it
+    is changed at each position alone first; all together, which comes last, is for what needs that.
     """
-    yield "example", example
-    generator = torch.Generator().manual_seed(_SEED)
-    batch = next((x.shape[0] for x in example.leaves() if isinstance(x, Tensor) and x.dim()), 0)
-    for size in dict.fromkeys((batch, batch + 1, 1)):
+    places = _places_by_size(example)
+    batch = next((x.shape[0] for x in example.leaves() if isinstance(x, Tensor) and x.dim()), None)
+    for size in sorted(places, key=lambda n: n != batch):  # the batch first
+        positions = sorted({axis for _, axis in places[size]})
+        ways = [[p for p in places[size] if p[1] == axis] for axis in positions]
+        ways += [places[size]] * (len(ways) > 1)
+        for new in dict.fromkeys((size + 1, 1 if size == batch else max(1, size // 2))):
+            if new != size:
+                yield [(_says(way, size, new), dict.fromkeys(way, new)) for way in ways]
 
-        def draw(x: Tensor, size: int = size) -> Tensor:
-            shape = (size, *x.shape[1:]) if x.dim() and x.shape[0] == batch else x.shape
-            if x.is_floating_point():
-                noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-                spread = x.double().std().nan_to_num(1.0) if x.numel() > 1 else torch.ones(())
-                return (noise.to(x.device) * spread.clamp_min(1e-3) + x.double().mean()).to(x.dtype)
-            picks = torch.randint(max(1, x.numel()), shape, generator=generator).to(x.device)
-            return x.flatten()[picks] if x.numel() else x
 
-        yield f"random, batch {size}", example.map(draw)
+def _says(way: list[tuple[int, int]], size: int, new: int) -> str:
+    axes = sorted({axis for _, axis in way})
+    if axes == [0]:
+        return f"random, batch {new}"
+    return f"random, {new} in place of {size} along axis {' and '.join(map(str, axes))}"
+
+
+class _Draws:
+    """Draws random inputs like the example.
+
+    Floating-point inputs come from a normal distribution with the mean and deviation of the example; integers and
+    booleans are picked from the values of the example.
+    """
+
+    def __init__(self, example: Inputs) -> None:
+        self._example = example
+        self._generator = torch.Generator().manual_seed(_SEED)
+
+    def __call__(self, sizes: dict[tuple[int, int], int] | None = None, spread: float = 1.0) -> Inputs:
+        order = iter(range(len(self._example.leaves())))
+        sizes = sizes or {}
+
+        def draw(x: Tensor) -> Tensor:
+            i = next(order)
+            return self._draw(x, [sizes.get((i, axis), n) for axis, n in enumerate(x.shape)], spread)
+
+        return self._example.map(draw)
+
+    def _draw(self, x: Tensor, shape: list[int], spread: float) -> Tensor:
+        if x.is_floating_point():
+            noise = torch.randn(shape, generator=self._generator, dtype=torch.float64)
+            deviation = x.double().std().nan_to_num(1.0) if x.numel() > 1 else torch.ones(())
+            return (noise.to(x.device) * deviation.clamp_min(1e-3) * spread + x.double().mean()).to(x.dtype)
+        picks = torch.randint(max(1, x.numel()), shape, generator=self._generator).to(x.device)
+        return x.flatten()[picks] if x.numel() else x
+
+
+_PLAIN = (int, float, complex, str, bytes, type(None))
 
 
 def to_double(x: Tensor) -> Tensor:
@@ -63,9 +169,11 @@ def to_double(x: Tensor) -> Tensor:
 
 
 def run(model: nn.Module, inputs: Inputs) -> list[Any]:
-    """Run a model in eval mode and return the leaves of its output."""
-    with evaluating(model), torch.no_grad():
-        return pytree.tree_leaves(model(*inputs.args, **inputs.kwargs))
+    """Run a model in eval mode, as it was traced, and return the leaves of its output."""
+    quiet = warnings.catch_warnings()
+    with evaluating(model), torch.no_grad(), without_cache(model, inputs) as extra, quiet:
+        warnings.simplefilter("ignore")  # of sizes that no one has asked for
+        return pytree.tree_leaves(model(*inputs.args, **inputs.kwargs, **extra))
 
 
 def relative_error(reference: list[Any], other: list[Any], *, any_dtype: bool = False) -> float:
@@ -75,7 +183,8 @@ def relative_error(reference: list[Any], other: list[Any], *, any_dtype: bool = 
     worst = 0.0
     for a, b in zip(reference, other, strict=True):
         if not isinstance(a, Tensor):
-            worst = worst if a == b else float("inf")
+            same = a == b if isinstance(a, _PLAIN) else type(a) is type(b)
+            worst = worst if same else float("inf")
         elif not isinstance(b, Tensor) or a.shape != b.shape or (a.dtype != b.dtype and not any_dtype):
             return float("inf")
         elif a.numel():
@@ -85,98 +194,249 @@ def relative_error(reference: list[Any], other: list[Any], *, any_dtype: bool = 
     return worst
 
 
+def _finite(outputs: list[Any]) -> bool:
+    return all(bool(x.isfinite().all()) for x in outputs if isinstance(x, Tensor))
+
+
+def _shapes(inputs: Inputs) -> list[list[int]]:
+    return [list(x.shape) for x in inputs.leaves() if isinstance(x, Tensor)]
+
+
 @dataclass(frozen=True)
-class _Probe:
+class _Reference:
+    """What the reference gives for one input; without outputs where it was not run."""
+
     name: str
     inputs: Inputs
-    reference: list[Any]
+    own: list[Any]
+    double: list[Any] | None = None
 
 
 class Verifier:
-    """The reference outputs of a network on all probes, against which smaller networks are compared.
-
-    Everything is compared in float64, which leaves rounding no room to hide an error, and in the model's own
-    precision. There the tolerance follows from how far the reference itself is from float64.
+    """The outputs of a network on all probes, against which smaller networks are compared.
 
     Args:
         model: The reference, without gates; in its own precision.
+        doubled: The same on the CPU in float64; ``None`` where it does not run so, or would not fit.
         example: Example inputs.
+        precision: Which precisions are compared, and why not others.
+        given: What ``doubled`` gives on the example, if it was run already.
+        one_by_one: Whether to compare in float64 after all, by widening operation by operation.
 
     Raises:
-        ExportError: If the reference is not finite on the example, or draws random numbers.
+        ExportError: If the reference is not finite on the example, draws random numbers, or gives the same for all
+            inputs.
     """
 
-    def __init__(self, model: nn.Module, example: Inputs) -> None:
-        self._own = _references(model, example)
-        self._double: list[_Probe] = []
+    def __init__(
+        self,
+        model: nn.Module,
+        doubled: nn.Module | None,
+        example: Inputs,
+        precision: str,
+        given: list[Any] | None = None,
+        *,
+        one_by_one: bool = False,
+    ) -> None:
+        start = time.perf_counter()
+        self._model, self._doubled, self._one_by_one = model, doubled, one_by_one
+        self.precision = precision
+        self.mismatch: Mismatch | None = None
+        self.skipped: list[Probe] = []
+        draws = _Draws(example)
+        first = _Reference("example", example, run(model, example), given or self._in_double(example))
+        self._require_finite(first)
+        self._tolerance = self._tolerances(first)
+        self._require_repeatable(first)
+        self._references = [first]
+        self._require_varying(first, draws)
+        for ways in resizings(example):
+            alone = ways[:-1] or ways
+            accepted = [self._add(name, draws(sizes)) for name, sizes in alone]
+            if len(ways) > 1 and not all(accepted):
+                name, sizes = ways[-1]
+                self._add(name, draws(sizes))
+        self.preparing, self.checking = time.perf_counter() - start, 0.0
+
+    def _in_double(self, inputs: Inputs) -> list[Any] | None:
+        """Run the reference in float64; ``None`` if it is not to be."""
+        if self._doubled is not None:
+            return run(self._doubled, inputs.map(Tensor.cpu).map(to_double))
+        if not self._one_by_one:
+            return None
         try:
-            self._double = _references(copy.deepcopy(model).cpu().double(), example.map(Tensor.cpu).map(to_double))
+            with InDouble():
+                return run(self._model, inputs.map(to_double))
         except Exception as e:
-            self.only_own = f"{type(e).__name__} in float64"
-        if not all(bool(x.isfinite().all()) for x in self._own[0].reference if isinstance(x, Tensor)):
+            self._one_by_one = False
+            self.precision = f"own precision alone: it does not run in float64 ({_first_line(e)})"
+            return None
+
+    def _add(self, name: str, inputs: Inputs) -> bool:
+        """Add a random probe, unless the reference refuses it or has no finite answer."""
+        shapes = _shapes(inputs)
+        try:
+            own, double = run(self._model, inputs), None
+            if not self._one_by_one or len(self._references) == 2:  # slow: the example, and one of another size
+                double = self._in_double(inputs)
+        except Exception as e:
+            self.skipped.append(Probe(name, shapes, skipped=f"the reference refuses it: {_first_line(e)}"))
+            return False
+        if not _finite(own) or (double is not None and not _finite(double)):
+            self.skipped.append(Probe(name, shapes, skipped="the reference's own output is not finite"))
+            return False
+        self._references.append(_Reference(name, inputs, own, double))
+        return True
+
+    def _tolerances(self, first: _Reference) -> dict[str, float]:
+        dtypes = {p.dtype for p in self._model.parameters() if p.is_floating_point()}
+        narrow = any(d.itemsize < 4 for d in dtypes)
+        rounding = relative_error(first.double, first.own, any_dtype=True) if first.double is not None else 0.0
+        own = max(5e-2 if narrow else 1e-5 if dtypes != {torch.float64} else 1e-10, 20 * rounding)
+        return {_OWN: own} | ({_DOUBLE: 1e-10} if first.double is not None else {})
+
+    def _require_finite(self, reference: _Reference) -> None:
+        if not _finite(reference.own):
             raise ExportError(
-                "the pruned model's own output on the example is not finite, so nothing can be compared with it.",
+                f"the pruned model's own output on the {reference.name} is not finite, so nothing can be compared "
+                "with it.",
                 expected="finite outputs",
                 mend="check the inputs and the weights: torch.isfinite(model(x)).all()",
             )
-        if relative_error(self._own[0].reference, run(model, example)) > 0:
+
+    def _require_repeatable(self, first: _Reference) -> None:
+        """Require that a second run gives the same, up to the order in which parallel sums are added."""
+        again = relative_error(first.own, run(self._model, first.inputs))
+        if again > min(1e-6 if self._tolerance[_OWN] < 1e-2 else 1e-2, self._tolerance[_OWN]):
             raise ExportError(
                 "the model's own output on the same input differs from run to run, so nothing can be compared with it.",
                 expected="a forward that draws no random numbers in eval mode",
                 mend="F.dropout(x, p, training=self.training), or nn.Dropout, in place of dropout that is always on",
             )
-        rounding = (
-            relative_error(self._double[0].reference, self._own[0].reference, any_dtype=True) if self._double else 0.0
-        )
-        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        narrow = any(d.itemsize < 4 for d in dtypes)
-        self._tolerance = max(5e-2 if narrow else 1e-5 if dtypes != {torch.float64} else 1e-10, 20 * rounding)
 
-    def check(self, small: nn.Module, exact: nn.Module, kept: Kept | None = None) -> Certificate:
+    def _require_varying(self, first: _Reference, draws: _Draws) -> None:
+        """Add random inputs of the example's shapes, ever larger, until one of them moves an output."""
+        other = False
+        for spread in _SPREADS:
+            inputs = draws(spread=spread)
+            if spread > 1 and not any(x.is_floating_point() for x in inputs.leaves() if isinstance(x, Tensor)):
+                return
+            if not self._add("random, as large as the example" if spread == 1 else f"random, {spread:g}×", inputs):
+                continue
+            given = zip(inputs.leaves(), first.inputs.leaves(), strict=True)
+            other |= any(not torch.equal(a, b) for a, b in given if isinstance(a, Tensor) and isinstance(b, Tensor))
+            latest = self._references[-1]
+            exact = first.double is not None and latest.double is not None
+            if relative_error(*((r.double if exact else r.own) or [] for r in (first, latest))) > 0:
+                return
+        floats = [x for x in first.own if isinstance(x, Tensor) and x.is_floating_point()]
+        if other and floats:
+            raise constant_output("its outputs are the same on the example and on random inputs")
+
+    def check(
+        self, small: nn.Module, exact: nn.Module, kept: Kept | None = None, *, computed: bool = True
+    ) -> Certificate:
         """Compare a smaller network with the reference.
 
         Args:
             small: The smaller network in the model's own precision.
-            exact: The same in float64, with constants that were folded in float64.
+            exact: The same in the precision of the analysis, with constants that were folded in it.
             kept: What it takes of the inputs, if that is less than the reference takes.
+            computed: Whether any of its tensors was computed anew, not only cut.
 
         Raises:
-            ExportError: If it fails to run where the reference does, or differs by more than rounding.
+            ExportError: If it fails to run where the reference does, or differs by more than rounding; ``mismatch``
+                says on what.
         """
-        errors = {"own precision": self._compare(small, self._own, self._tolerance, "its own precision", kept or {})}
-        if self._double:
-            errors["float64"] = self._compare(exact, self._double, 1e-10, "float64", kept or {})
-        return Certificate(errors, [p.name for p in self._own])
-
-    def _compare(self, small: nn.Module, probes: list[_Probe], tolerance: float, precision: str, kept: Kept) -> float:
-        worst = 0.0
-        for probe in probes:
-            try:
-                error = relative_error(probe.reference, run(small, reduced(probe.inputs, small, kept)))
-            except Exception as e:
-                first = next(iter(str(e).splitlines()), "no message")
-                raise _mismatch(f"it does not run on the {probe.name}: {type(e).__name__}: {first}") from e
-            if error > tolerance:
-                raise _mismatch(f"on the {probe.name}, in {precision}, it differs by {error:.2e} of the largest output")
-            worst = max(worst, error)
-        return worst
-
-
-def _references(model: nn.Module, example: Inputs) -> list[_Probe]:
-    """Run the reference on the example, and on every random input that it accepts."""
-    probes: list[_Probe] = []
-    for name, inputs in probe_inputs(example):
+        start = time.perf_counter()
         try:
-            probes.append(_Probe(name, inputs, run(model, inputs)))
-        except Exception:
-            if not probes:
+            return self._check(small, exact, kept or {}, self._tolerance_of(computed=computed))
+        finally:
+            self.checking += time.perf_counter() - start
+
+    def _tolerance_of(self, *, computed: bool) -> dict[str, float]:
+        """Return the tolerances: constants that were computed in the model's own precision are as exact as that."""
+        rough = self._one_by_one and computed and _DOUBLE in self._tolerance
+        return self._tolerance | ({_DOUBLE: self._tolerance[_OWN]} if rough else {})
+
+    def _check(self, small: nn.Module, exact: nn.Module, kept: Kept, tolerance: dict[str, float]) -> Certificate:
+        probes = [self._compare(small, exact, r, kept, tolerance) for r in self._references]
+        worst = {k: max(p.errors.get(k, 0.0) for p in probes) for k in tolerance}
+        return Certificate(worst, tolerance, self.precision, probes, self.skipped)
+
+    def _compare(
+        self, small: nn.Module, exact: nn.Module, probe: _Reference, kept: Kept, tolerance: dict[str, float]
+    ) -> Probe:
+        errors: dict[str, float] = {}
+        for precision, reference in ((_DOUBLE, probe.double), (_OWN, probe.own)):
+            if reference is None:
+                continue
+            model, inputs = small, reduced(probe.inputs, small, kept)
+            mode: Any = contextlib.nullcontext()
+            if precision == _DOUBLE:
+                model, inputs = exact, inputs.map(to_double)
+                if self._doubled is not None:
+                    inputs = inputs.map(Tensor.cpu)
+                else:
+                    mode = InDouble()
+            try:
+                with mode:
+                    outputs = run(model, inputs)
+            except Exception as e:
+                self._fail(probe.inputs, f"it does not run on the {probe.name}: {_first_line(e)}", e)
                 raise
-    return probes
+            errors[precision] = relative_error(reference, outputs)
+            if errors[precision] > tolerance[precision]:
+                where = "its own precision" if precision == _OWN else precision
+                found = f"on the {probe.name}, in {where}, it differs by {errors[precision]:.2e} of the largest output"
+                self._fail(probe.inputs, found)
+        return Probe(probe.name, _shapes(probe.inputs), errors)
+
+    def _fail(self, inputs: Inputs, found: str, cause: Exception | None = None) -> None:
+        self.mismatch = Mismatch(inputs, _shapes(inputs) != _shapes(self._references[0].inputs), found)
+        raise self.mismatch.error() from cause
+
+    def check_batches(
+        self,
+        small: nn.Module,
+        exact: nn.Module,
+        certificate: Certificate,
+        batches: Iterable[Inputs],
+        kept: Kept | None = None,
+    ) -> Certificate:
+        """Compare on the user's own batches too, one after the other, and add them to a certificate.
+
+        Raises:
+            ExportError: As `check`; also if the reference refuses a batch, or has no finite answer to it.
+        """
+        start = time.perf_counter()
+        worst, probes = dict(certificate.max_error), list(certificate.probes)
+        for i, inputs in enumerate(batches):
+            name = f"batch {i} of yours"
+            try:
+                reference = _Reference(name, inputs, run(self._model, inputs), self._in_double(inputs))
+            except Exception as e:
+                raise ExportError(
+                    f"the model does not run on the {name}, of shapes {_shapes(inputs)}: {_first_line(e)}",
+                    expected="batches in the form of example_inputs, without labels",
+                    mend="dg.export(model, x, batches=[x for x, y in loader])",
+                ) from e
+            self._require_finite(reference)
+            probe = self._compare(small, exact, reference, kept or {}, certificate.tolerance)
+            probes.append(probe)
+            worst = {k: max(v, probe.errors.get(k, 0.0)) for k, v in worst.items()}
+        self.checking += time.perf_counter() - start
+        return replace(certificate, max_error=worst, probes=probes)
 
 
-def _mismatch(what: str) -> ExportError:
+def constant_output(why: str) -> ExportError:
+    """Return the error for a network that computes nothing any more."""
     return ExportError(
-        f"the smaller network is not equal to the gated one: {what}.",
-        expected="equal outputs on the example and on random inputs",
-        mend="report the model; dg.ungate(model) gives the full-size network meanwhile",
+        f"the pruned network is constant: no output depends on the input any more ({why}).",
+        expected="a network that still computes something",
+        mend="train with a smaller lam, or prune at a smaller tol or ratio; dg.groups(model) shows the norms",
     )
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {next(iter(str(e).splitlines()), 'no message')}"

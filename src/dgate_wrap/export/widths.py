@@ -759,30 +759,32 @@ class Widths:
         if not removed.any():
             return
         others = [a for a in range(len(shape_of(x))) if a != family.x_axis]
-        value = self.facts.values[x].double()
         known = ~self.facts.unknown[x].any(others) if others else ~self.facts.unknown[x]
-        low, high = (value.amin(others), value.amax(others)) if others else (value, value)
+        low, high = self.facts.extremes(x, family.x_axis)
         constants = self._contributes(family, node) & known & ((low != 0) | (high != 0))
         fold = constants & removed
-        uneven = fold & ((high - low) > rounding(self.facts.values[x]) * torch.maximum(high.abs(), low.abs()))
-        self._grow(
-            x, family.x_axis, uneven, self._says(node, "it is a constant that differs from position to position")
-        )
-        fold = fold & ~uneven
+        uneven = (high - low) > rounding(self.facts.values[x]) * torch.maximum(high.abs(), low.abs())
+        sized = self.facts.sized(x, family.x_axis)
+        for those, what in ((uneven, "from position to position"), (sized, "with the sizes of the inputs")):
+            self._grow(x, family.x_axis, fold & those, self._says(node, f"it is a constant that differs {what}"))
+        unfit = uneven | sized
+        fold = fold & ~unfit
         if not fold.any():
             return
         values = torch.where(fold, (high + low) / 2, 0.0)
         if not family.padded and self._can_bias(node):
             self.folds[node] = Fold(node, values, None)
         elif family.groups == 1 and self._can_carry(node):
-            self._carry(family, node, values, constants & ~uneven, (high + low) / 2)
+            self._carry(family, node, values, constants & ~unfit, (high + low) / 2)
         else:
             self._grow(x, family.x_axis, fold, self._says(node, "it is a constant that cannot be folded here"))
 
     def _contributes(self, family: Contraction, node: Node) -> Tensor:
         """Mark the input channels that have a nonzero weight towards an output channel that stays."""
-        weight = self.facts.values[family.weight] != 0
         rows = self.keep[node][family.out_axis]
+        if (box := self.facts.box(family)) is not None:
+            return box[family.w_in] & (box[family.w_out] & rows).any()
+        weight = self.facts.values[family.weight] != 0
         weight = weight.flatten(2).any(2) if weight.dim() > 2 else weight
         if family.groups == 1:
             return weight.movedim(family.w_out, 0)[rows].any(0)

@@ -232,7 +232,7 @@ def capture(model: nn.Module, example_inputs: object, example_kwargs: Mapping[st
         )
     if any(p.is_meta for p in model.parameters()):
         inputs = inputs.map(_to_meta)
-    with evaluating(model), _without_cache(model, inputs) as extra, torch.no_grad(), quiet():
+    with evaluating(model), without_cache(model, inputs) as extra, torch.no_grad(), quiet():
         call = _Forward(model, extra)
         try:
             trace, refused = trace_of(model, inputs, _export(model, call, inputs)), None
@@ -279,7 +279,7 @@ def export_open(model: nn.Module, inputs: Inputs) -> Generator[tuple[torch.expor
     marked = inputs.map(Tensor.detach)  # torch notes on the tensors themselves which of their sizes are open
     given = (*marked.args, *marked.kwargs.values())
     sizes = {"args": pytree.tree_map(left_open, given)}
-    with evaluating(model), _without_cache(model, inputs) as extra, torch.no_grad(), quiet():
+    with evaluating(model), without_cache(model, inputs) as extra, torch.no_grad(), quiet():
         call = _Positional(model, extra, list(inputs.kwargs))
         with unchanged(model), same_random_numbers(model):
             exported = torch.export.export(call, given, dynamic_shapes=sizes, strict=False)
@@ -450,7 +450,7 @@ def _signature(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 @contextlib.contextmanager
-def _without_cache(model: nn.Module, inputs: Inputs) -> Generator[dict[str, Any]]:
+def without_cache(model: nn.Module, inputs: Inputs) -> Generator[dict[str, Any]]:
     """Turn off key/value caches unless the inputs ask for them; yield what the forward takes beside its inputs."""
     names = list(_signature(model))
     if "use_cache" in inputs.kwargs or "use_cache" in names[: len(inputs.args)]:

@@ -1,0 +1,281 @@
+"""The verification itself: every planted fault is caught, the module that has it is named, and nothing is returned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import randomize
+from torch import Tensor, nn
+
+import dgate_wrap as dg
+from dgate_wrap.export import api, plan, search
+from dgate_wrap.export.copies import InDouble, share
+
+TOKENS = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Encoder(nn.Module):
+    """Takes any batch and any sequence length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down, self.head = nn.Linear(4, 8), nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).tanh()
+        return self.head((x + self.down(self.up(x).sigmoid())).mean(1))
+
+
+def gated(model: nn.Module | None = None, dead: tuple[int, ...] = (1, 2, 5), parameter: str = "up") -> nn.Module:
+    model = Encoder() if model is None else model
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model, "neurons", include=f"{parameter}.*")
+    [gate] = dg.gates.gated_tensors(model)
+    with torch.no_grad():
+        gate.gates.gamma[list(dead)] = 0
+    return model
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, path: str, fault: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Let every smaller network have a fault in one module."""
+    apply = plan.Plan.apply
+
+    def faulty(self: plan.Plan, model: nn.Module, tensors: Any) -> nn.Module:
+        small = apply(self, model, tensors)
+        small.get_submodule(path).register_forward_hook(lambda _, args, out: fault(args[0], out))
+        return small
+
+    monkeypatch.setattr(plan.Plan, "apply", faulty)
+
+
+def test_the_certificate_says_what_was_compared_and_what_was_removed(tmp_path: Path) -> None:
+    batches = [torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    exported = dg.export(gated(), TOKENS, batches=batches, latency=False)
+    certificate = exported.report.certificate
+    shapes = [p.shapes for p in certificate.probes]
+    assert [[2, 5, 4]] in shapes
+    assert [[3, 5, 4]] in shapes
+    assert [[1, 5, 4]] in shapes
+    assert [[2, 6, 4]] in shapes
+    assert [[2, 2, 4]] in shapes
+    assert shapes[-2:] == [[[3, 7, 4]], [[3, 7, 4]]]
+    assert [p.shapes for p in certificate.skipped] == [[[2, 5, 5]], [[2, 5, 2]]]
+    assert all("refuses" in p.skipped for p in certificate.skipped)
+    assert certificate.max_error["float64"] <= certificate.tolerance["float64"] == 1e-10
+    assert all(set(p.errors) == {"float64", "own precision"} for p in certificate.probes)
+    assert certificate.removed == {
+        "up.weight": ([12, 8], [9, 8]), "up.bias": ([12], [9]), "down.weight": ([8, 12], [8, 9]),
+    }  # fmt: skip
+    assert certificate.torch_version == torch.__version__
+    dg.save(exported, tmp_path)
+    written = json.loads((tmp_path / "plan.json").read_text())["certificate"]
+    assert written["removed"]["up.weight"] == [[12, 8], [9, 8]]
+    assert written["precision"] == "float64, and its own"
+    assert len(written["probes"]) == len(certificate.probes)
+
+
+@pytest.fixture
+def no_retreat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing be kept whole where a plan fails, so that no other plan can go round the fault."""
+    monkeypatch.setattr(search._Search, "_colder", lambda self, frozen, path: None)
+
+
+@pytest.mark.usefixtures("no_retreat")
+def test_a_wrong_fold_is_caught_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    constant = plan._constant
+    monkeypatch.setattr(plan, "_constant", lambda *args: 1.01 * constant(*args))
+    with pytest.raises(dg.ExportError, match=r"on the example, in float64.* The first module that differs is 'down'"):
+        dg.export(gated(), TOKENS)
+
+
+def test_a_plan_that_fails_is_left_for_one_that_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    constant, model = plan._constant, gated()
+    monkeypatch.setattr(plan, "_constant", lambda *args: 1.01 * constant(*args))
+    small = dg.export(model, TOKENS, latency=False).model
+    torch.testing.assert_close(small(TOKENS), model(TOKENS))
+
+
+@pytest.mark.usefixtures("no_retreat")
+def test_a_wrong_cut_is_caught_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = plan.Cut.apply
+
+    def wrong(self: plan.Cut, tensor: Tensor) -> Tensor:
+        kept = cut(self, tensor)
+        return kept.roll(1, 1) if kept.shape == (8, 9) and tensor.is_floating_point() else kept
+
+    monkeypatch.setattr(plan.Cut, "apply", wrong)
+    with pytest.raises(dg.ExportError, match="The first module that differs is 'down'"):
+        dg.export(gated(), TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("fault", "where"),
+    [
+        (lambda x, out: out * (1 + 1e-3 * (x.shape[0] == 3)), "random, batch 3"),
+        (lambda x, out: out * (1 + 1e-3 * (x.shape[0] == 1)), "random, batch 1"),
+        (lambda x, out: out * (1 + 1e-3 * (x.shape[1] == 6)), "6 in place of 5 along axis 1"),
+        (lambda x, out: out * (1 + 1e-3 * (x.shape[1] < 5)), "2 in place of 5 along axis 1"),
+        (lambda x, out: out[:, :5] if x.shape[1] > 5 else out, "6 in place of 5 along axis 1"),
+    ],
+)
+def test_a_fault_at_other_sizes_only_is_caught_and_named(
+    monkeypatch: pytest.MonkeyPatch, fault: Callable[[Tensor, Tensor], Tensor], where: str
+) -> None:
+    plant(monkeypatch, "down", fault)
+    with pytest.raises(dg.ExportError, match=rf"{where}.*") as e:
+        dg.export(gated(), TOKENS)
+    assert "The first module that differs is 'down'" in str(e.value) or "does not run" in str(e.value)
+
+
+def test_a_fault_on_the_users_batches_only_is_caught_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, "embed", lambda x, out: out * (1 + 1e-3 * bool((x == 0).any())))
+    usual, rare = torch.randn(2, 5, 4), torch.eye(4).expand(2, 4, 4)
+    model = gated()
+    dg.export(model, TOKENS, batches=[usual], latency=False)
+    found = "on the batch 1 of yours, in float64.* The first module that differs is 'embed'"
+    with pytest.raises(dg.ExportError, match=found):
+        dg.export(model, TOKENS, batches=iter([usual, rare]))
+
+
+def test_batches_that_the_model_refuses_are_named() -> None:
+    pairs = [(torch.randn(2, 5, 4), torch.zeros(2))]
+    with pytest.raises(dg.ExportError, match=r"does not run on the batch 0 of yours.*\[2, 5, 4\].*(.|\n)*for x, y in"):
+        dg.export(gated(), TOKENS, batches=pairs)
+
+
+def test_a_reference_that_is_not_finite_on_a_batch_is_refused() -> None:
+    with pytest.raises(dg.ExportError, match="on the batch 0 of yours is not finite"):
+        dg.export(gated(), TOKENS, batches=[torch.full((2, 5, 4), torch.nan)])
+
+
+def test_an_output_that_no_input_moves_is_refused() -> None:
+    """The graph still reads the input, but a ReLU that is always off passes nothing on."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    gated(model, dead=(1,), parameter="0")
+    with torch.no_grad():
+        model[1].bias.fill_(-1e9)
+    with pytest.raises(dg.ExportError, match="the same on the example and on random inputs"):
+        dg.export(model, torch.randn(2, 4))
+
+
+def test_random_inputs_without_a_finite_answer_are_skipped_and_named() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x.sqrt()).relu())
+
+    exported = dg.export(gated(Root(), dead=(1,)), torch.rand(64, 4), latency=False)
+    assert any("not finite" in p.skipped for p in exported.report.certificate.skipped)
+
+
+class Sums(nn.Module):
+    """What a constant adds to a sum over positions depends on how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(x).sigmoid().sum(1)).tanh()
+
+
+class Borders(nn.Module):
+    """At the example's size every place of the map is a corner; at others it is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.pool, self.head = nn.Conv2d(2, 6, 3), nn.AvgPool2d(3, 2, 1), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.up(x).sigmoid()).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("model", "x", "other"), [
+    (Sums(), torch.randn(2, 5, 4), torch.randn(3, 9, 4)),
+    (Borders(), torch.randn(2, 2, 5, 5), torch.randn(2, 2, 11, 9)),
+], ids=["sum", "border"])  # fmt: skip
+def test_constants_that_depend_on_sizes_are_not_folded(model: nn.Module, x: Tensor, other: Tensor) -> None:
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model, dg.Select(names="up.weight", axis=0))
+    [gate] = dg.gates.gated_tensors(model)
+    with torch.no_grad():
+        gate.gates.gamma[[1, 2]] = 0
+    result = dg.export(model.eval(), x, latency=False)
+    assert "with the sizes of the inputs" in str(result.report)
+    torch.testing.assert_close(result.model(other), model(other))
+
+
+def test_sizes_that_stand_on_several_axes_are_changed_together_where_they_must_be() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            y = self.down(self.up(x).relu())
+            return F.scaled_dot_product_attention(y, y, y, attn_mask=mask)
+
+    example = (torch.randn(2, 5, 4), torch.zeros(5, 5))
+    certificate = dg.export(gated(Masked(), dead=(1,)), example, latency=False).report.certificate
+    assert [[2, 6, 4], [6, 6]] in [p.shapes for p in certificate.probes]
+    assert [[3, 5, 4], [5, 5]] in [p.shapes for p in certificate.probes]
+
+
+def test_large_models_are_analysed_as_they_are_and_verified_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "_LARGE", 0)
+    model = gated()
+    exported = dg.export(model, TOKENS, latency=False)
+    certificate = exported.report.certificate
+    assert "operation by operation" in certificate.precision
+    assert certificate.tolerance["float64"] == certificate.tolerance["own precision"]  # folded constants are float32
+    assert certificate.max_error["float64"] < 1e-6
+    assert exported.model.up.weight.shape == (9, 8)
+    torch.testing.assert_close(exported.model(TOKENS), model(TOKENS))
+    plain = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))
+    cut = dg.export(gated(plain, parameter="0"), TOKENS, latency=False).report.certificate
+    assert cut.tolerance["float64"] == 1e-10  # nothing is computed anew, so nothing may differ
+
+
+def test_the_exported_model_shares_no_memory_with_the_given_one() -> None:
+    model = gated()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    small = dg.export(model, TOKENS, latency=False).model
+    with torch.no_grad():
+        for p in small.parameters():
+            p.add_(1)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_copies_share_parameters_only() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.LSTM(3, 2))
+    model[0].weight.requires_grad_(False)
+    copied = share(model)
+    for a, b in zip(model.parameters(), copied.parameters(), strict=True):
+        assert a is not b
+        assert a.data_ptr() == b.data_ptr()
+        assert a.requires_grad == b.requires_grad
+    assert copied[1].running_mean.data_ptr() != model[1].running_mean.data_ptr()
+    assert copied[2]._flat_weights[0] is copied[2].weight_ih_l0
+    doubled = share(model).double()
+    assert model[0].weight.dtype == torch.float32
+    assert torch.equal(doubled[0].weight, model[0].weight.double())
+
+
+def test_every_operation_runs_in_float64_inside_of_in_double() -> None:
+    model, x = Encoder(), TOKENS
+    with torch.no_grad(), InDouble():
+        found = model(x.double())
+    with torch.no_grad():
+        assert torch.equal(found, share(model).double()(x.double()))
+    counter = torch.zeros(3)
+    with InDouble(), pytest.raises(TypeError, match="writes to a tensor"):
+        counter.add_(1)
