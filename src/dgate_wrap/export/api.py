@@ -135,7 +135,8 @@ def export(
         clock.seconds["verification"] = verifier.preparing + verifier.checking
         with clock("report"):
             report = _report(dense, found, certificate, inputs, pruning, labels, dead, latency)
-            report = replace(report, config=express(dense, found.small, reduced(inputs, found.small, found.plan.taken)))
+            taken = [reduced(x, found.small, found.plan.taken) for x in verifier.inputs]
+            report = replace(report, config=express(dense, found.small, taken))
         separate_(found.small, model, dense)
     for name, module in found.small.named_modules():
         module.training = model.get_submodule(name).training

@@ -151,15 +151,6 @@ class Draft:
     plan: Plan
     tensors: dict[str, Tensor]
 
-    def computed(self, model: nn.Module) -> bool:
-        """Tell whether a value is not simply what stays of one of the model's."""
-        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for name, value in self.tensors.items():
-            old, cut = state.get(name), self.plan.cuts.get(name)
-            if old is None or not torch.equal(old if cut is None else cut.apply(old), value.to(old)):
-                return True
-        return False
-
     def patched(self, patch: Mapping[str, Mapping[str, int]]) -> Draft:
         """Return a draft in which modules remember other integers: per attribute, per module."""
         attributes = {p: dict(values) for p, values in self.plan.attributes.items()}

@@ -195,12 +195,18 @@ class _Search:
         exact = small if self.subject.model is self.dense else self._exact(draft)
         try:
             certificate = self.verifier.check(
-                small, exact, plan.taken, computed=exact is small and draft.computed(self.dense)
+                small, exact, plan.taken, computed=exact is small and self._computed(draft, widths)
             )
         except ExportError as e:
             self._failed[id(e)] = e, cast(Mismatch, self.verifier.mismatch), exact, widths, plan
             raise
         return Found(small, exact, self.subject, widths, plan, certificate, frozen)
+
+    def _computed(self, draft: Draft, widths: Widths) -> bool:
+        """Tell whether a tensor may hold more than what stays of one: a folded constant, or a rescaled norm."""
+        owners = [self.dense.get_submodule(n.rpartition(".")[0]) for n in draft.tensors]
+        new = any(n not in draft.plan.cuts for n in draft.tensors)
+        return new or bool(widths.folds) or any(isinstance(m, nn.RMSNorm) for m in owners)
 
     def named(self, failure: ExportError) -> ExportError:
         """Return an error that names the first module that differs."""

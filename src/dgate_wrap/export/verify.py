@@ -258,6 +258,11 @@ class Verifier:
                 self._add(name, draws(sizes))
         self.preparing, self.checking = time.perf_counter() - start, 0.0
 
+    @property
+    def inputs(self) -> list[Inputs]:
+        """Everything on which networks are compared."""
+        return [r.inputs for r in self._references]
+
     def _in_double(self, inputs: Inputs) -> list[Any] | None:
         """Run the reference in float64; ``None`` if it is not to be."""
         if self._doubled is not None:

@@ -199,7 +199,7 @@ class Widths:
             self._keep_whole(node, self.reason("it is a constant that the forward makes"))
         elif source is not None and not node.users:
             self._keep_whole(node, self.reason("the traced forward does not use it"))
-        elif self.facts.unknown[node].any():
+        elif node in self.facts.varying and self.facts.unknown[node].any():
             self._start_from(node)
         elif node not in self.facts.varying:
             self._start_beyond(node)
