@@ -55,6 +55,7 @@ EXACT_REASONS = (
     "carries the constants",
     "equally wide",
     "differs from position to position",
+    "differs with the sizes of the inputs",
     "cannot be folded here",
     "something alive",
     "input of the model",
