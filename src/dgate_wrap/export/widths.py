@@ -38,7 +38,7 @@ from ..tracing.families import (
     Recurrence,
 )
 from ..tracing.operations import is_tensor, op_name, shape_of
-from .constants import full_mask, rounding
+from .constants import rounding
 from .facts import Facts
 
 NEEDED = 0
@@ -209,7 +209,7 @@ class Widths:
         users = [n for n in node.users if isinstance(self.facts.families.get(n), Movement)]
         if len(users) < len(node.users) or any(op_name(n) not in ("slice", "narrow") for n in users):
             return
-        read = full_mask(self.facts.values[node], False)
+        read = torch.zeros_like(self.facts.values[node], dtype=torch.bool)
         for user in users:
             read.view(-1)[self.facts.movement_map(user)[0].flatten()] = True
         for axis in range(read.dim()):
