@@ -258,7 +258,7 @@ class Layers(nn.Module):
         x = x.view(*tokens.shape, 6) * gate.reshape(*tokens.shape, 6).sigmoid()
         y, _ = self.gru(self.rnn(x)[0])
         y = self.groups(self.conv(self.norm(self.rms(y)).mT))
-        y = self.wide(self.up(y), output_size=[4 * tokens.shape[1] + 1])
+        y = self.wide(self.up(y), output_size=[25])
         y = self.instance(y).mean(-1)
         return self.head(self.pair(y, y.tanh()))
 
