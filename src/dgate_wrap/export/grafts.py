@@ -69,7 +69,7 @@ class Grafts:
         """
         step: str | None = path
         while step is not None:
-            if step not in draft.plan.recipes:
+            if not draft.covers(step):
                 with contextlib.suppress(UnwritableError):
                     draft = draft.grafted(step, *self.write(step))
                     break
@@ -77,7 +77,7 @@ class Grafts:
         if step is None:
             return None
         for other, module in self._modules.items():
-            alike = type(module) is type(self._modules[step]) and other != step
+            alike = type(module) is type(self._modules[step]) and not draft.covers(other)
             if alike and any(not self._whole(n) for span in self._spans.get(other, {}).values() for n in span):
                 with contextlib.suppress(UnwritableError):
                     draft = draft.grafted(other, *self.write(other))
@@ -86,13 +86,13 @@ class Grafts:
     def without(self, draft: Draft, branches: Iterable[Branch]) -> Draft:
         """Leave dead branches out: of the module in which they meet something alive, or each for the constant it is."""
         for branch in branches:
-            if branch.meets is not None:
+            if branch.meets is not None and not draft.covers(branch.meets):
                 try:
                     draft = draft.grafted(branch.meets, *self.write(branch.meets))
                     continue
                 except UnwritableError:
                     pass
-            for path in branch.paths:
+            for path in (p for p in branch.paths if not draft.covers(p)):
                 with contextlib.suppress(UnwritableError):
                     draft = draft.grafted(path, *self.write(path))
         return draft

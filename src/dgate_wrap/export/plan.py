@@ -159,10 +159,12 @@ class Draft:
                 attributes.setdefault(path, {})[name] = value
         return Draft(replace(self.plan, attributes=attributes), self.tensors)
 
+    def covers(self, path: str) -> bool:
+        """Tell whether the forward of a module, or of one around it, is written anew already."""
+        return any(not p or f"{path}.".startswith(f"{p}.") for p in self.plan.recipes)
+
     def grafted(self, path: str, recipe: Recipe, constants: Mapping[str, Tensor]) -> Draft:
-        """Return a draft in which the forward of a module, with those inside, is written anew, if none around it is."""
-        if any(path != p and f"{path}.".startswith(f"{p}." if p else "") for p in self.plan.recipes):
-            return self
+        """Return a draft in which the forward of a module, and no forward inside of it, is written anew."""
         prefix = f"{path}." if path else ""
         inside = {p: r for p, r in self.plan.recipes.items() if p.startswith(prefix)}
         gone = {f"{p}.{c}" for p, r in inside.items() for c in r.constants}
