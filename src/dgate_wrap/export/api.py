@@ -260,8 +260,12 @@ def _report(
             if name in gone:
                 continue
             why = torch.full(index.shape, -1)
+            vectors = widths.why[nodes[name]]
             for axis in (a for a, n in enumerate(index.shape) if n > 1):
-                why = torch.maximum(why, on_axis(widths.why[nodes[name]][axis], axis, index.dim()))
+                why = torch.maximum(why, on_axis(vectors[axis], axis, index.dim()))
+            if index.numel() == 1:  # one group is the whole tensor
+                number = widths.reason("a single number has no axis along which to cut")
+                why.fill_(max((int(v.max()) for v in vectors), default=number))
             mask = _stays(plan.cuts.get(name), index)
             part, reasons = find_kept(name, index, mask, dead[id(gates)], why, widths.reasons, start)
             stays |= part
