@@ -106,6 +106,19 @@ class Language(nn.Module):
         return self.out(self.norm(self.layers(self.embed(tokens))))
 
 
+class Scaled(nn.Module):
+    """A branch that a factor switches off: its layers live, and nobody needs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.branch, self.head = nn.Linear(4, 6), mlp(6, 6), nn.Linear(6, 2)
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x)
+        return self.head(x + self.scale * self.branch(x))
+
+
 def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
@@ -135,6 +148,7 @@ PAIR = (draw(3, 6), draw(3, 7))
         (Modalities, PAIR, ["text.3.weight"], ["text"]),
         (Modalities, PAIR, ["image.0.weight"], ["image"]),
         (Additive, TABLE, ["shapes.1.3.weight", "shapes.2.0.weight"], ["shapes.1", "shapes.2"]),
+        (Scaled, TABLE, ["scale"], ["branch"]),
         (adapted, TABLE, ["0.b.weight"], ["0.a", "0.b"]),
     ],
 )  # fmt: skip

@@ -169,16 +169,23 @@ class _Values:
         nodes = [n for n in self._nodes.get((tuple(x.shape), x.dtype), []) if torch.equal(self.values[n], x)]
         if not nodes:
             return True  # not in the graph: nothing to compare with
-        return any(self._same(self._cut(n), y) for n in nodes)
+        return any(self._same(n, y) for n in nodes)
 
-    def _cut(self, node: Node) -> Tensor:
-        return Cut((), cut_axes(self.widths.keep[node])).apply(self.values[node])
-
-    @staticmethod
-    def _same(x: Tensor, y: Tensor) -> bool:
+    def _same(self, node: Node, y: Tensor) -> bool:
+        cut = Cut((), cut_axes(self.widths.keep[node]))
+        x = cut.apply(self.values[node])
         if x.shape != y.shape:
             return False
         if not x.is_floating_point():
             return torch.equal(x, y)
         scale = float(x.abs().max()) if x.numel() else 0.0
-        return bool(((x - y).abs() <= 1e-6 * scale + 1e-30).all())
+        same = (x - y).abs() <= 1e-6 * scale + 1e-30
+        return bool((same | cut.apply(self._idle(node))).all())
+
+    def _idle(self, node: Node) -> Tensor:
+        """Mark what nobody needs, which may be anything."""
+        facts = self.widths.facts
+        known = facts.values.get(node)
+        if not isinstance(known, Tensor) or known.shape != self.values[node].shape:  # other inputs, of other sizes
+            return torch.zeros(self.values[node].shape, dtype=torch.bool)
+        return facts.unknown[node] & ~facts.needed(node)

@@ -150,7 +150,7 @@ class _Writing:
     # values that are known by now
 
     def _constant(self, node: Node) -> Tensor | None:
-        """Return the value of a node that does not depend on the inputs any more, with size 1 along open axes."""
+        """Return the value of a node of which nothing is needed but constants, with size 1 along open axes."""
         if node not in self._known:
             self._known[node] = self._find_constant(node)
         return self._known[node]
@@ -159,9 +159,9 @@ class _Writing:
         twin = self.r.symbolic.twins.get(node)
         if twin is None or twin not in self.facts.varying or not isinstance(self.facts.values.get(twin), Tensor):
             return None
-        if bool(self.facts.unknown[twin].any()):
+        if bool(self.facts.needed(twin).any()):
             return None
-        value = self.facts.values[twin]
+        value = self.facts.values[twin].masked_fill(self.facts.unknown[twin], 0)  # what nobody needs may be anything
         if not value.numel():
             return None
         shape = node.meta["val"].shape
