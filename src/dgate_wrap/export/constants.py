@@ -180,6 +180,8 @@ class Constants:
         low, high = self.extremes(node, axis)
         found = torch.zeros(low.shape, dtype=torch.bool)
         for values in self.elsewhere:
+            if node not in values:  # another graph there
+                return torch.ones_like(found)
             for here, there in zip((low, high), _extremes(values[node], axis), strict=True):
                 if here.shape != there.shape:
                     return torch.ones_like(found)

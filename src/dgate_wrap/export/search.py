@@ -233,9 +233,14 @@ class _Search:
                 continue
             try:
                 found = self._first_proven(plain, widths, frozen, rewrite=rewrite)
-            except ExportError:
-                if not self._learns():
+            except ExportError as e:
+                if self._learns():
+                    continue
+                path = self._differing(e)
+                colder = None if path is None else self._colder(frozen, path)
+                if colder is None:
                     raise
+                frozen = colder
                 continue
             if isinstance(found, Found):
                 return found
@@ -252,10 +257,18 @@ class _Search:
             return False
         with contextlib.suppress(Exception):
             values = values_on(self.subject.model, facts.trace, in_precision(self.subject, mismatch.inputs))
-            if values is not None:
-                facts.elsewhere.append(values)
-                return True
+            facts.elsewhere.append({} if values is None else values)
+            return True
         return False
+
+    def _differing(self, failure: ExportError) -> str | None:
+        """Return the first module that differed where a network failed; ``None`` if unknown."""
+        _, mismatch, exact, widths, plan = self._failed.get(id(failure), (None,) * 5)
+        if mismatch is None or exact is None or widths is None or plan is None:
+            return None
+        inputs = in_precision(self.subject, mismatch.inputs)
+        taken = reduced(inputs, exact, plan.taken)
+        return first_difference(self.subject.model, exact, widths.facts.trace, widths, (inputs, taken))
 
     def _first_proven(
         self, plain: Draft, widths: Widths, frozen: Frozen, *, rewrite: bool
