@@ -23,7 +23,7 @@ from .copies import separate_, share, weight_bytes
 from .facts import Facts
 from .plan import Cut, Plan
 from .report import Kept, Report, Size, find_kept, latencies, measure
-from .search import Found, Subject, name_difference, smallest
+from .search import Found, Subject, differing, smallest
 from .selection import reduced
 from .verify import Certificate, Verifier, constant_output, run, to_double
 
@@ -181,7 +181,8 @@ def _check_batches(
     except ExportError as e:
         if verifier.mismatch is None:
             raise
-        raise name_difference(found.subject, found.exact, found.widths, found.plan, verifier.mismatch) from e
+        path = differing(found.subject, found.exact, found.widths, found.plan, verifier.mismatch)
+        raise verifier.mismatch.error(path) from e
 
 
 def _dead_groups(tensors: list[GatedTensor]) -> dict[int, Tensor]:
@@ -239,7 +240,7 @@ def _report(
 ) -> Report:
     small, widths, plan = found.small, found.widths, found.plan
     gone = {f"{path}.{n}" if path else n for path, recipe in plan.recipes.items() for n in recipe.drops}
-    taken = inputs if plan.select_inputs else reduced(inputs, small, plan.inputs)
+    taken, gone_modules = reduced(inputs, small, plan.taken), _gone(dense, small)
     (before, layers_before), (after, layers_after) = measure(dense, inputs), measure(small, taken)
     times: tuple[dict[str, float], dict[str, float]] = (
         latencies((dense, inputs), (small, taken)) if latency else ({}, {})
@@ -281,10 +282,10 @@ def _report(
         removed,
         kept,
         folded,
-        replace(certificate, removed=_removed(dense, small), gone=_gone(dense, small), rewritten=sorted(plan.recipes)),
+        replace(certificate, removed=_removed(dense, small), gone=gone_modules, rewritten=sorted(plan.recipes)),
         sorted(found.frozen.reshapes | found.frozen.modules),
         sorted(plan.recipes),
-        _gone(dense, small),
+        gone_modules,
         dict(plan.inputs),
     )
 

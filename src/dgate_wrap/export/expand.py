@@ -140,7 +140,7 @@ def _put(model: nn.Module, old: Tensor, names: list[str], value: Tensor) -> None
 def _compare(exported: Exported, model: nn.Module, example_inputs: object, example_kwargs: Any) -> None:
     inputs = normalize_inputs(example_inputs, example_kwargs)
     plan = exported.plan
-    taken = inputs if plan.select_inputs else reduced(inputs, exported.model, plan.inputs)
+    taken = reduced(inputs, exported.model, plan.taken)
     error = relative_error(run(exported.model, taken), run(model, inputs))
     width = min((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), default=4)
     if error > {8: 1e-10, 4: 1e-5}.get(width, 5e-2):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..errors import ExportError, TraceError
-from ..tracing import Inputs, capture
+from ..tracing import Inputs
 from ..tracing.capture import owner
 from ..tracing.symbolic import Symbolic, capture_symbolic, is_open
 from .copies import share
@@ -50,11 +50,6 @@ class Subject:
     inputs: Inputs
     facts: Facts
     symbolic: Symbolic | None = None
-
-    @staticmethod
-    def of(model: nn.Module, inputs: Inputs) -> Subject:
-        """Trace and analyse a model."""
-        return Subject(model, inputs, Facts(capture(model, inputs.args, inputs.kwargs)))
 
     def opened(self) -> Subject:
         """Trace the model with open sizes too, which takes longer, and analyse that trace."""
@@ -100,7 +95,7 @@ def smallest(dense: nn.Module, subject: Subject, verifier: Verifier, *, rewrite:
         own = search.repaired(rewrite=False)
     except ExportError as e:
         failure = e
-    dead = bool(find_dead(search.subject.facts)) if rewrite else False
+    dead = rewrite and bool(find_dead(search.subject.facts))
     if own is not None and not (own.frozen or own.widths.held_by_code or dead):
         return own
     if rewrite and search.open():
@@ -124,11 +119,11 @@ def in_precision(subject: Subject, inputs: Inputs) -> Inputs:
     return inputs.map(Tensor.cpu).map(to_double) if double else inputs.map(Tensor.cpu)
 
 
-def name_difference(subject: Subject, exact: nn.Module, widths: Widths, plan: Plan, mismatch: Mismatch) -> ExportError:
-    """Return the error for a network that differs, with the first module that does."""
+def differing(subject: Subject, exact: nn.Module, widths: Widths, plan: Plan, mismatch: Mismatch) -> str | None:
+    """Return the first module of a network that differs, where it does; ``None`` if unknown."""
     inputs = in_precision(subject, mismatch.inputs)
     taken = reduced(inputs, exact, plan.taken)
-    return mismatch.error(first_difference(subject.model, exact, widths.facts.trace, widths, (inputs, taken)))
+    return first_difference(subject.model, exact, widths.facts.trace, widths, (inputs, taken))
 
 
 class _Search:
@@ -210,8 +205,11 @@ class _Search:
 
     def named(self, failure: ExportError) -> ExportError:
         """Return an error that names the first module that differs."""
+        return self._failed[id(failure)][1].error(self._differing(failure))
+
+    def _differing(self, failure: ExportError) -> str | None:
         _, mismatch, exact, widths, plan = self._failed[id(failure)]
-        return name_difference(self.subject, exact, widths, plan, mismatch)
+        return differing(self.subject, exact, widths, plan, mismatch)
 
     def _exact(self, draft: Draft) -> nn.Module:
         """Make the smaller network in the precision of the analysis."""
@@ -236,7 +234,7 @@ class _Search:
             except ExportError as e:
                 if self._learns():
                     continue
-                path = self._differing(e)
+                path = self._differing(e) if id(e) in self._failed else None
                 colder = None if path is None else self._colder(frozen, path)
                 if colder is None:
                     raise
@@ -260,15 +258,6 @@ class _Search:
             facts.elsewhere.append({} if values is None else values)
             return True
         return False
-
-    def _differing(self, failure: ExportError) -> str | None:
-        """Return the first module that differed where a network failed; ``None`` if unknown."""
-        _, mismatch, exact, widths, plan = self._failed.get(id(failure), (None,) * 5)
-        if mismatch is None or exact is None or widths is None or plan is None:
-            return None
-        inputs = in_precision(self.subject, mismatch.inputs)
-        taken = reduced(inputs, exact, plan.taken)
-        return first_difference(self.subject.model, exact, widths.facts.trace, widths, (inputs, taken))
 
     def _first_proven(
         self, plain: Draft, widths: Widths, frozen: Frozen, *, rewrite: bool
@@ -344,8 +333,7 @@ class _Search:
         return draft, culprit
 
     def _culprit(self, draft: Draft, widths: Widths) -> Culprit | None:
-        inputs = self.subject.inputs
-        inputs = inputs if draft.plan.select_inputs else reduced(inputs, self.dense, draft.plan.inputs)
+        inputs = reduced(self.subject.inputs, self.dense, draft.plan.taken)
         return find_culprit(self._exact(draft), inputs, self.subject.facts.values, widths, self.calls)
 
     def _with_integers(self, draft: Draft, culprit: Culprit, integers: Integers, widths: Widths) -> Draft | None:
