@@ -18,7 +18,8 @@ from ..tracing.families import Contraction, Mixing
 from .recipes import Recipe, Rewritten
 from .scatter import Scatter, find_scatters
 from .selection import SelectInputs
-from .widths import Columns, Widths
+from .vectors import Columns
+from .widths import Widths
 
 
 @dataclass(frozen=True)

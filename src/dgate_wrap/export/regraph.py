@@ -288,7 +288,7 @@ class _Writing:
     def _scattered(self, node: Node, made: Any) -> Any:
         """Spread what a contraction computes over all of its outputs."""
         twin = self.r.twin(node)
-        if twin not in self.r.widths.scattered:
+        if twin not in self.r.widths.allowed.scattered:
             return made
         kept, held = places_of(self.r.widths, twin)
         if kept.all():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..tracing.families import Contraction
+from .demands import some_weight
 from .widths import Widths
 
 _WORTH = 96
@@ -71,7 +72,7 @@ def partial_rows(widths: Widths, layers: Mapping[Node, str]) -> frozenset[Node]:
     for node, path in layers.items():
         kept = widths.keep[node][cast(Contraction, widths.facts.families[node]).out_axis]
         calls.setdefault(path, []).append(node)
-        dead[path] = dead.get(path, torch.ones_like(kept)) & kept & ~widths.some_weight(node)
+        dead[path] = dead.get(path, torch.ones_like(kept)) & kept & ~some_weight(widths.facts, node)
     return frozenset(n for p, nodes in calls.items() if _worth(widths, nodes[0], dead[p]) for n in nodes)
 
 
@@ -88,7 +89,7 @@ def find_scatters(widths: Widths, layers: Mapping[Node, str]) -> tuple[dict[str,
     """Return, per layer that leaves out some of its outputs, how it scatters the others, and what those hold."""
     scatters: dict[str, Scatter] = {}
     constants: dict[str, Tensor] = {}
-    for node in widths.scattered:
+    for node in widths.allowed.scattered:
         family = cast(Contraction, widths.facts.families[node])
         kept, held = places_of(widths, node)
         if not kept.all():

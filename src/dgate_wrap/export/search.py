@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import cast
@@ -25,8 +24,9 @@ from .integers import Integers, Patch
 from .plan import Draft, Permissions, Plan, make_plan
 from .scatter import partial_rows
 from .selection import places, reduced
+from .vectors import Allowed, Frozen
 from .verify import Certificate, Mismatch, Verifier, to_double
-from .widths import Frozen, Widths
+from .widths import Widths
 
 _WORTH = 0.98
 """Rewritten forwards are worth it if they leave at most this share of what the user's own code needs."""
@@ -156,20 +156,18 @@ class _Search:
 
     def _widths(self, frozen: Frozen, *, rewrite: bool) -> Widths:
         p = self.permissions
-        find = functools.partial(
-            Widths,
-            self.subject.facts,
-            can_bias=p.can_bias,
-            can_carry=p.can_carry,
-            can_regroup=p.can_regroup,
-            can_rescale=p.can_rescale,
-            can_select=self._can_select,
+        allowed = Allowed(
+            p.can_bias,
+            p.can_carry,
+            p.can_regroup,
+            p.can_rescale,
+            self._can_select,
             rewrite=rewrite,
             frozen=frozen,
         )
-        widths = find()
+        widths = Widths(self.subject.facts, allowed)
         partial = partial_rows(widths, p.scattering)
-        return find(scattered=partial) if partial else widths
+        return Widths(self.subject.facts, replace(allowed, scattered=frozenset(partial))) if partial else widths
 
     def _can_select(self, node: Node, axis: int) -> bool:
         """Tell whether an input may be cut along an axis: one of its own size, of a plain argument."""

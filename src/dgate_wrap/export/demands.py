@@ -1,0 +1,505 @@
+"""What every family of operations demands of the kept indices: one rule per family.
+
+A rule makes the vectors of the tensors that an operation reads and makes grow, until it can run on what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import singledispatch
+from itertools import pairwise, product
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..tracing.capture import operation
+from ..tracing.families import (
+    Attention,
+    Barrier,
+    Bilinear,
+    Contraction,
+    Creation,
+    Family,
+    Halves,
+    Indexing,
+    Lookup,
+    Mixing,
+    Movement,
+    NormedWeight,
+    Pick,
+    Pointwise,
+    Product,
+    Ranking,
+    Recurrence,
+)
+from ..tracing.operations import is_tensor, op_name, shape_of
+from .facts import Facts
+from .vectors import NEEDED, Columns, Units, Vectors
+
+
+@singledispatch
+def demand(family: Family, node: Node, w: Vectors) -> None:
+    """Make the vectors of what an operation reads and makes grow, until it can run."""
+    assert isinstance(family, Barrier)
+    for n in (*family.inputs, node):
+        for out in w.facts.outputs(n):
+            w.keep_whole(out, w.says(node, "an operation without a rule meets it"))
+
+
+@demand.register
+def _(family: Creation, node: Node, w: Vectors) -> None:
+    if not w.follows(node) or not uniform(node):
+        w.keep_whole(node, w.says(node, "its size is written in the code"))
+
+
+@demand.register
+def _(family: Pick, node: Node, w: Vectors) -> None:
+    """The node that it picks from speaks for it."""
+
+
+@demand.register
+def _(family: Pointwise, node: Node, w: Vectors) -> None:
+    several = len(family.operands) > 1
+    meeting = w.says(node, "it is added to, or multiplied by, something alive") if several else None
+    for n in family.operands:
+        w.broadcast(n, node, meeting)
+
+
+@demand.register
+def _(family: Mixing, node: Node, w: Vectors) -> None:
+    results = [o for o in w.facts.outputs(node) if o in w.keep and len(w.keep[o]) > 0]
+    for axis, out_axis in enumerate(family.out_axis):
+        mixed = axis in family.mixed
+        if mixed and family.groups > 1 and axis == 1:
+            mixed = False
+            _demand_whole_groups(w, family, node)
+        elif mixed and family.averages and (w.allowed.rewrite or w.allowed.can_rescale(node)):
+            _keep_nonzero(w, family.x, axis, node)
+            mixed = family.kind == "reduction"
+        elif mixed and family.keeps_zero and family.kind == "reduction":
+            _keep_nonzero(w, family.x, axis, node)
+        elif mixed:
+            says = w.written_down if family.averages else w.says
+            w.keep_axis(family.x, axis, says(node, "the operation works over the whole axis"))
+        for out in results if out_axis is not None else ():
+            assert out_axis is not None
+            if out_axis >= len(w.keep[out]):  # a statistic with axes of its own
+                w.keep_whole(out, NEEDED)
+            elif mixed or w.keep[out][out_axis].numel() != w.keep[family.x][axis].numel():
+                w.keep_axis(out, out_axis, NEEDED)
+            else:
+                w.link(family.x, axis, out, out_axis)
+    for parameter, axis, x_axis in family.parameters:
+        w.link(family.x, x_axis, parameter, axis)
+
+
+def _demand_whole_groups(w: Vectors, family: Mixing, node: Node) -> None:
+    """Keep or remove the groups of a group normalization as a whole."""
+    kept = w.keep[family.x][1].view(family.groups, -1)
+    kept = kept.any(1, keepdim=True).expand(kept.shape)
+    w.grow(family.x, 1, kept.flatten(), w.says(node, "it is normalized together with something alive"))
+    if not (w.allowed.rewrite or w.allowed.can_regroup(node)):
+        w.keep_axis(family.x, 1, w.written_down(node, "the number of groups is written in the code"))
+
+
+def _keep_nonzero(w: Vectors, x: Node, axis: int, node: Node) -> None:
+    """Keep what adds a constant to a sum along an axis."""
+    if all(bool(k.any()) for o in w.facts.outputs(node) for k in w.keep[o]):
+        others = [a for a in range(len(w.keep[x])) if a != axis]
+        adds = w.facts.nonzero_constant(x)
+        w.grow(x, axis, adds.any(others) if others else adds, w.says(node, "it adds a constant to a sum"))
+
+
+@demand.register
+def _(family: Lookup, node: Node, w: Vectors) -> None:
+    w.keep_axis(family.table, 0, w.says(node, "any row may be looked up"))
+    for n in node.all_input_nodes:
+        if n is not family.table:
+            w.keep_whole(n, NEEDED)
+    for i, out in enumerate(w.facts.outputs(node)):
+        for axis in range(len(w.keep[out]) - (i == 0)):
+            w.keep_axis(out, axis, NEEDED)
+        if i == 0:
+            w.link(family.table, 1, out, -1)
+
+
+@demand.register
+def _(family: Movement, node: Node, w: Vectors) -> None:
+    results = w.facts.outputs(node)
+    everything = [*family.inputs, *results]
+    if all(w.full(n) for n in everything):
+        return
+    if not w.follows(node):
+        for n in everything:
+            w.keep_whole(n, w.says(node, "the sizes of this step are written in the code"))
+        return
+    for n, out in product(family.inputs, results):
+        if 0 in (*shape_of(n), *shape_of(out)):
+            _link_empty(w, n, out)
+    if op_name(node) in ("expand", "expand_as"):
+        w.broadcast(family.inputs[0], node, None)  # copies of what stays need not all stay
+        return
+    _move(w, node, family.inputs, results)
+
+
+def _link_empty(w: Vectors, a: Node, b: Node) -> None:
+    """Link the axes of two tensors of which one has no elements, whose other sizes have to agree nevertheless."""
+    for axis, (m, n) in enumerate(zip(shape_of(a), shape_of(b), strict=False)):
+        if m == n:
+            w.link(a, axis, b, axis)
+
+
+def _move(w: Vectors, node: Node, inputs: tuple[Node, ...], results: list[Node]) -> None:
+    """Keep every element that comes from, or ends up in, one that stays."""
+    maps = w.facts.movement_map(node)
+    inside = torch.cat([w.elements(n).flatten() for n in inputs])
+    inside_why = torch.cat([w.element_why(n).flatten() for n in inputs])
+    back = torch.full_like(inside_why, -1)
+    for out in results:
+        index = w.result_index(node, out)
+        m = maps[index]
+        constant = m < 0
+        arrives = inside[m] & ~constant
+        w.grow_elements(out, arrives, torch.where(arrives, inside_why[m], -1))
+        leaves = w.elements(out) & ~constant
+        back.scatter_reduce_(0, m[leaves], w.element_why(out)[leaves], "amax")
+    sizes = [torch.Size(shape_of(n)) for n in inputs]
+    for n, size, part in zip(inputs, sizes, back.split([s.numel() for s in sizes]), strict=True):
+        w.grow_elements(n, (part >= 0).view(size), part.view(size))
+
+
+@demand.register
+def _(family: Indexing, node: Node, w: Vectors) -> None:
+    places = family.moved
+    if op_name(node) in ("gather", "scatter", "scatter_add"):  # an index for every element
+        _demand_elementwise(w, family, node)
+        return
+    for n in family.indices:
+        w.keep_whole(n, NEEDED)
+    said = w.says(node, "it may be picked by an index")
+    for n in (*places, *([node] if family.same_axes else [])):
+        for axis in family.axes if n is not family.source or family.adds else ():
+            w.keep_axis(n, axis, said)
+    if family.adds:
+        for n in places:
+            for axis in range(len(w.keep[node])):
+                if axis not in family.axes:
+                    w.link(n, axis, node, axis)
+    elif not all(w.full(n) for n in (*places, node)):
+        _move(w, node, places, [node])
+
+
+def _demand_elementwise(w: Vectors, family: Indexing, node: Node) -> None:
+    """Link the axes that nothing is picked along, of x, the indices, what is written and the result."""
+    said = w.says(node, "it may be picked by an index")
+    everything = [family.x, *family.indices, *([family.source] if family.source is not None else []), node]
+    for axis in range(len(w.keep[node])):
+        even = len({w.keep[n][axis].numel() for n in everything}) == 1
+        for a, b in pairwise(everything):
+            if axis in family.axes or not even:
+                w.keep_axis(a, axis, said)
+                w.keep_axis(b, axis, said)
+            else:
+                w.link(a, axis, b, axis)
+
+
+@demand.register
+def _(family: Ranking, node: Node, w: Vectors) -> None:
+    x, axis = family.x, family.axis
+    w.keep_axis(x, axis, w.says(node, "everything along the axis is compared"))
+    for out in w.facts.outputs(node):
+        for a in range(len(w.keep[x])):
+            if a == axis:
+                if family.keeps_axis:
+                    w.keep_axis(out, a, NEEDED)
+            elif len(w.keep[out]):
+                w.link(x, a, out, a if family.keeps_axis or a < axis else a - 1)
+
+
+@demand.register
+def _(family: Halves, node: Node, w: Vectors) -> None:
+    for axis in range(len(w.keep[node])):
+        if axis != family.axis:
+            w.link(family.x, axis, node, axis)
+    w.link_blocks(family.x, family.axis, node, family.axis, 2)
+
+
+@demand.register
+def _(family: NormedWeight, node: Node, w: Vectors) -> None:
+    for axis in range(len(w.keep[node])):
+        if axis != family.axis:
+            w.keep_axis(family.v, axis, w.says(node, "the weight is normalized over it"))
+        w.link(family.v, axis, node, axis)
+    for axis, size in enumerate(shape_of(family.g)):
+        if size == shape_of(family.v)[family.axis] and (size > 1 or axis == family.axis):
+            w.link(family.g, axis, family.v, family.axis)
+        else:
+            w.keep_axis(family.g, axis, NEEDED)
+
+
+@demand.register
+def _(family: Bilinear, node: Node, w: Vectors) -> None:
+    last = len(w.keep[node]) - 1
+    for x, axis in ((family.x1, 1), (family.x2, 2)):
+        for a in range(last):
+            w.link(x, a, node, a)
+        w.link(x, last, family.weight, axis)
+        constant = w.facts.nonzero_constant(x).flatten(0, -2).any(0)
+        used = (w.facts.values[family.weight] != 0).movedim(axis, 0).flatten(1).any(1)
+        w.grow(x, last, constant & used, w.says(node, "it is a constant that cannot be folded here"))
+    w.link(family.weight, 0, node, last)
+    if family.bias is not None:
+        w.link(family.bias, 0, node, last)
+
+
+@demand.register
+def _(family: Product, node: Node, w: Vectors) -> None:
+    a, b = family.a, family.b
+    places: dict[str, list[tuple[Node, int]]] = {}
+    for n, axes in ((a, family.a_axes), (b, family.b_axes), (node, family.out_axes)):
+        for axis, letter in enumerate(axes):
+            places.setdefault(letter, []).append((n, axis))
+    for letter, found in places.items():
+        size = max(w.keep[n][axis].numel() for n, axis in found)
+        full = [(n, axis) for n, axis in found if w.keep[n][axis].numel() == size]
+        for n, axis in found:
+            if (n, axis) not in full:
+                w.keep_axis(n, axis, NEEDED)
+            elif len(found) == 1:
+                w.keep_axis(n, axis, w.says(node, "the operation works over the whole axis"))
+        for (n, i), (m, j) in pairwise(full):
+            w.link(n, i, m, j)
+        if letter not in family.out_axes and len(found) > 1:
+            _keep_constants(w, family, node, letter, full[0])
+    if family.addend is not None:
+        w.broadcast(family.addend, node, None)
+    for n in family.inputs:
+        if n not in (a, b, family.addend):
+            w.keep_whole(n, NEEDED)
+
+
+def _keep_constants(w: Vectors, family: Product, node: Node, letter: str, place: tuple[Node, int]) -> None:
+    """Keep the indices along a summed axis where two constants meet: their product has nowhere else to go."""
+    if not all(bool(k.any()) for k in w.keep[node]) or w.keep[place[0]][place[1]].all():
+        return
+    a, b = (w.facts.nonzero_constant(n) for n in (family.a, family.b))
+    if a.any() and b.any():
+        adds = torch.einsum(f"{family.a_axes},{family.b_axes}->{letter}", a.float(), b.float()) > 0
+        w.grow(*place, adds, w.says(node, "it adds a constant to a sum"))
+
+
+@demand.register
+def _(family: Attention, node: Node, w: Vectors) -> None:
+    query, key, value = family.query, family.key, family.value
+    out = w.facts.outputs(node)[0] if not is_tensor(node) else node
+    for extra in w.facts.outputs(node):
+        if extra is not out:
+            w.keep_whole(extra, NEEDED)
+    ndim = len(w.keep[out])
+    w.link(query, -1, key, -1)
+    if not (w.allowed.rewrite or node.kwargs.get("scale") is not None):
+        w.keep_axis(query, -1, w.written_down(node, "scores are scaled by the width of queries and keys"))
+    w.link(value, -1, out, -1)
+    w.link(query, -2, out, -2)
+    w.link(key, -2, value, -2)
+    for axis in range(ndim - 2):
+        back = axis - ndim
+        if back == -3 and family.repeats > 1:
+            w.link(key, back, value, back)
+            _share_heads(w, family, node, out)
+            w.link(query, back, out, back)
+            continue
+        for n in (query, key, value):
+            if w.keep[n][back].numel() == w.keep[out][back].numel():
+                w.link(n, back, out, back)
+            else:
+                w.keep_axis(n, back, NEEDED)
+    for n in family.inputs:
+        if n not in (query, key, value):
+            for axis in range(len(w.keep[n])):
+                back = axis - len(w.keep[n])
+                other = (key, -2) if back == -1 else (out, back)
+                if w.keep[n][axis].numel() == w.keep[other[0]][other[1]].numel():
+                    w.link(n, axis, *other)
+                else:
+                    w.keep_axis(n, axis, NEEDED)
+
+
+def _share_heads(w: Vectors, family: Attention, node: Node, out: Node) -> None:
+    """Keep the same number of query heads for every key-value head that stays."""
+    said = w.says(node, "query heads share keys and values in equal numbers")
+    kept = w.keep[out][-3].view(-1, family.repeats)
+    w.grow(family.value, -3, kept.any(1), NEEDED)
+    groups = w.keep[family.value][-3]
+    width = max(1, int(kept.sum(1).max()))
+    missing = torch.where(groups, width - kept.sum(1), 0)
+    free = ~kept
+    w.grow(out, -3, (free & (free.cumsum(1) <= missing.unsqueeze(1))).flatten(), said)
+
+
+@demand.register
+def _(family: Recurrence, node: Node, w: Vectors) -> None:
+    cells = range(len(family.layers))
+    for layer in cells:
+        _demand_cell(w, family, node, layer)
+    results = w.facts.outputs(node)
+    by_index = {w.result_index(node, o): o for o in results}
+    last = list(cells)[-family.directions :]
+    if (first := by_index.get(0)) is not None:
+        _join(w, [_ends(w, family, node, layer) for layer in last], first, -1)
+        for axis in range(len(w.keep[first]) - 1):
+            w.link(family.x, axis, first, axis)
+    _keep_batch(w, family, by_index)
+    for index, out in by_index.items():
+        live = w.facts.needed(out)
+        for layer in cells if index else ():
+            if family.single or bool(live[layer].any()):
+                cell = family.single or index == 2
+                w.link(Units(node, layer) if cell else _ends(w, family, node, layer), 0, out, -1)
+    for i, state in enumerate(family.states):
+        for layer in cells:
+            key = Units(node, layer) if i else _ends(w, family, node, layer)
+            if w.facts.unknown[state].any() or bool((w.facts.values[state] != 0).any()) or layer == 0:
+                w.link(key, 0, state, -1)
+    _even_out(w, family, node)
+
+
+def _keep_batch(w: Vectors, family: Recurrence, results: dict[int, Node]) -> None:
+    for n in (family.x, *family.states, *results.values()):
+        for axis in range(len(w.keep[n]) - 1):
+            w.keep_axis(n, axis, NEEDED)
+
+
+def _ends(w: Vectors, family: Recurrence, node: Node, layer: int) -> Units:
+    return Units(node, layer, projected=family.layers[layer].w_hr is not None)
+
+
+def _join(w: Vectors, parts: list[Units], key: Hashable, axis: int) -> None:
+    """Link an axis with the units that it holds one after another."""
+    sizes = [w.keep[u][0].numel() for u in parts]
+    w.grow(key, axis, torch.cat([w.keep[u][0] for u in parts]), torch.cat([w.why[u][0] for u in parts]))
+    kept, why = w.keep[key][axis].split(sizes), w.why[key][axis].split(sizes)
+    for units, some, reasons in zip(parts, kept, why, strict=True):
+        w.grow(units, 0, some, reasons)
+
+
+def _demand_cell(w: Vectors, family: Recurrence, node: Node, layer: int) -> None:
+    w_ih, w_hh, b_ih, b_hh, w_hr = family.layers[layer]
+    units, ends = Units(node, layer), _ends(w, family, node, layer)
+    for key, size in ((units, shape_of(w_ih)[0] // family.gates), (ends, shape_of(w_hh)[1])):
+        if key not in w.keep:
+            w.keep[key] = [torch.zeros(size, dtype=torch.bool)]
+            w.why[key] = [torch.full((size,), -1)]
+    needed = w.facts.units.get(node)
+    for key, i in ((ends, 0), (units, 1)):
+        if needed is not None:
+            w.grow(key, 0, needed[layer][i], NEEDED)
+    for parameter in (w_ih, w_hh, b_ih, b_hh):
+        if parameter is not None:
+            w.link_blocks(parameter, 0, units, 0, family.gates)
+    w.link(w_hh, 1, ends, 0)
+    if w_hr is not None:
+        w.link(w_hr, 0, ends, 0)
+        w.link(w_hr, 1, units, 0)
+    if layer < family.directions:
+        w.link(w_ih, 1, family.x, -1)
+        others = list(range(len(w.keep[family.x]) - 1))
+        constant = w.facts.nonzero_constant(family.x).any(others)
+        used = (w.facts.values[w_ih] != 0).any(0)
+        said = w.says(node, "it is a constant that cannot be folded here")
+        w.grow(family.x, -1, constant & used, said)
+    else:
+        below = layer - layer % family.directions - family.directions
+        _join(w, [_ends(w, family, node, below + d) for d in range(family.directions)], w_ih, 1)
+
+
+def _even_out(w: Vectors, family: Recurrence, node: Node) -> None:
+    """Keep the same number of units in every layer and direction."""
+    said = w.says(node, "all layers and directions stay equally wide")
+    units = [Units(node, layer) for layer in range(len(family.layers))]
+    ends = [_ends(w, family, node, layer) for layer in range(len(family.layers))]
+    narrow = _at_least(w, ends, 1, said)
+    # torch tells a projection by its being narrower than the units
+    _at_least(w, units, narrow + 1 if ends != units else 1, said)
+
+
+def _at_least(w: Vectors, keys: list[Units], width: int, why: int) -> int:
+    """Keep in each of several vectors as many indices as in the widest, and at least ``width``."""
+    width = max(width, *(int(w.keep[k][0].sum()) for k in keys), 1)
+    for key in keys:
+        kept = w.keep[key][0]
+        free = ~kept
+        w.grow(key, 0, free & (free.cumsum(0) <= width - int(kept.sum())), why)
+    return width
+
+
+@demand.register
+def _(family: Contraction, node: Node, w: Vectors) -> None:
+    x, weight, bias = family.x, family.weight, family.bias
+    if family.spatial:
+        for key in (x, node, weight):
+            for axis in range(2, len(w.keep[key])):
+                w.keep_axis(key, axis, NEEDED)
+        w.link(x, 0, node, 0)
+    else:
+        for axis in range(len(w.keep[x])):
+            if axis != family.x_axis:
+                w.link(x, axis, node, axis)
+    if node in w.allowed.scattered:
+        rows = w.keep[node][family.out_axis] & some_weight(w.facts, node)
+        w.grow(weight, family.w_out, rows, w.why[node][family.out_axis])
+        w.grow(node, family.out_axis, w.keep[weight][family.w_out], NEEDED)
+        if bias is not None:
+            w.link(bias, 0, weight, family.w_out)
+    elif bias is not None:
+        w.link(bias, 0, node, family.out_axis)
+    if x not in w.facts.varying:
+        w.keep_axis(x, family.x_axis, w.says(node, "it is computed from parameters alone"))
+    if family.groups == 1:
+        if node not in w.allowed.scattered:
+            w.link(weight, family.w_out, node, family.out_axis)
+        w.link(weight, family.w_in, x, family.x_axis)
+    else:
+        _demand_groups(w, family, node)
+
+
+def _demand_groups(w: Vectors, family: Contraction, node: Node) -> None:
+    """Keep whole groups, with the same number of inputs and of outputs in each."""
+    weight, groups = family.weight, family.groups
+    ends = ((family.x, family.x_axis), (node, family.out_axis))
+    by_row, by_column = reversed(ends) if family.w_out == 0 else ends
+    columns = Columns(weight)
+    if columns not in w.keep:
+        size = w.keep[by_column[0]][by_column[1]].numel()
+        w.keep[columns] = [torch.zeros(size, dtype=torch.bool)]
+        w.why[columns] = [torch.full((size,), -1)]
+    w.link(columns, 0, *by_column)
+    w.link(weight, 0, *by_row)
+    w.keep_axis(weight, 1, NEEDED)
+    equal = w.says(node, "the groups of a grouped convolution stay equally wide")
+    used = torch.stack([w.keep[k][a].view(groups, -1).any(1) for k, a in ends]).any(0)
+    if not used.any():
+        return
+    if not (w.allowed.rewrite or w.allowed.can_regroup(node)):
+        equal = w.written_down(node, "the number of groups is written in the code")
+        used = torch.ones_like(used)
+    for key, axis in ends:
+        kept = w.keep[key][axis].view(groups, -1)
+        width = max(1, int(kept.sum(1).max()))
+        missing = torch.where(used, width - kept.sum(1), 0)
+        free = ~kept
+        w.grow(key, axis, (free & (free.cumsum(1) <= missing.unsqueeze(1))).flatten(), equal)
+
+
+def uniform(node: Node) -> bool:
+    """Tell whether a creation gives the same value everywhere, so that any size of it will do."""
+    name = operation(node).removeprefix("aten.").removeprefix("new_")
+    return name in ("zeros", "ones", "full", "empty", "scalar_tensor")
+
+
+def some_weight(facts: Facts, node: Node) -> Tensor:
+    """Mark the outputs of a contraction to which some weight leads."""
+    family = cast(Contraction, facts.families[node])
+    return (facts.values[family.weight] != 0).movedim(family.w_out, 0).flatten(1).any(1)

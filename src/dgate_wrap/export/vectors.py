@@ -1,0 +1,199 @@
+"""One growing boolean vector per (tensor, axis): which indices stay, and why each does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..tracing.capture import operation, owner, where
+from ..tracing.families import Pick
+from ..tracing.operations import shape_of
+from .facts import Facts
+
+NEEDED = 0
+"""Reason of an index that carries something which depends on the input and reaches an output."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Stands for the input channels of a grouped weight, which lie in another axis for each group of rows."""
+
+    weight: Node
+
+
+@dataclass(frozen=True)
+class Units:
+    """Stands for the units of one layer and direction of a recurrence, or for what it gives to the next layer."""
+
+    node: Node
+    layer: int
+    projected: bool = False
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What has to stay whole for the user's code to run.
+
+    Args:
+        reshapes: Modules whose own code has sizes written in it: their reshapes and slices stay whole.
+        modules: Modules whose own code computes with sizes in other ways: all that it makes and reads stays whole.
+    """
+
+    reshapes: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.reshapes or self.modules)
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What may be changed beside the sizes of tensors.
+
+    Args:
+        can_bias: Whether the bias of a contraction may be changed, or made.
+        can_carry: Whether the weight of a contraction may be changed.
+        can_regroup: Whether a contraction's number of groups may be changed.
+        can_rescale: Whether the weight and the epsilon of a normalization may be changed.
+        can_select: Whether an input of the model may be cut along an axis.
+        scattered: Contractions that compute only the outputs that some weight leads to, and scatter them.
+        rewrite: Whether forwards may be written anew, in which lengths, numbers of groups and scales become others.
+        frozen: What has to stay whole for the user's code to run.
+    """
+
+    can_bias: Callable[[Node], bool]
+    can_carry: Callable[[Node], bool]
+    can_regroup: Callable[[Node], bool]
+    can_rescale: Callable[[Node], bool]
+    can_select: Callable[[Node, int], bool]
+    scattered: frozenset[Node] = frozenset()
+    rewrite: bool = False
+    frozen: Frozen = Frozen()
+
+
+class Vectors:
+    """Which indices of every axis stay, and the ways in which they grow.
+
+    Args:
+        facts: Constants and liveness.
+        allowed: What may be changed beside the sizes of tensors.
+    """
+
+    def __init__(self, facts: Facts, allowed: Allowed) -> None:
+        self.facts = facts
+        self.allowed = allowed
+        self.reasons: list[str] = ["the model's output depends on it"]
+        self._ids: dict[str, int] = {self.reasons[0]: NEEDED}
+        self._written: set[int] = set()
+        self.keep: dict[Hashable, list[Tensor]] = {}
+        self.why: dict[Hashable, list[Tensor]] = {}
+        self.changed = True
+
+    def reason(self, text: str) -> int:
+        """Return the number of a reason."""
+        if text not in self._ids:
+            self._ids[text] = len(self.reasons)
+            self.reasons.append(text)
+        return self._ids[text]
+
+    def says(self, node: Node, what: str) -> int:
+        """Return the number of a reason that names an operation and its source line."""
+        return self.reason(f"{what} ({operation(node)}, {where(node)})")
+
+    def written_down(self, node: Node, what: str) -> int:
+        """Return the number of a reason that holds for the user's code only."""
+        number = self.says(node, what)
+        self._written.add(number)
+        return number
+
+    # what each family of operations demands
+
+    def full(self, key: Hashable) -> bool:
+        """Tell whether every index of every axis of a tensor stays."""
+        return all(bool(k.all()) for k in self.keep[key])
+
+    def elements(self, key: Hashable) -> Tensor:
+        """Mark the elements all of whose indices stay."""
+        return _outer(self.keep[key], torch.logical_and, torch.ones((), dtype=torch.bool))
+
+    def element_why(self, key: Hashable, axes: Collection[int] | None = None) -> Tensor:
+        """Return, per element, the latest reason of its indices, on some axes or on all."""
+        why = [w if axes is None or a in axes else torch.full_like(w, -1) for a, w in enumerate(self.why[key])]
+        return _outer(why, torch.maximum, torch.full((), -1))
+
+    def grow(self, key: Hashable, axis: int, mask: Tensor, why: int | Tensor) -> None:
+        """Keep more indices of an axis, for a reason or for one per index."""
+        kept = self.keep[key][axis]
+        new = mask & ~kept
+        if new.any():
+            self.why[key][axis] = torch.where(new, why, self.why[key][axis])
+            self.keep[key][axis] = kept | new
+            self.changed = True
+
+    def keep_axis(self, key: Hashable, axis: int, why: int) -> None:
+        """Keep every index of an axis."""
+        self.grow(key, axis, torch.ones_like(self.keep[key][axis]), why)
+
+    def keep_whole(self, key: Hashable, why: int) -> None:
+        """Keep every index of every axis of a tensor."""
+        for axis in range(len(self.keep[key])):
+            self.keep_axis(key, axis, why)
+
+    def keep_results(self, node: Node, why: int) -> None:
+        """Keep everything that an operation returns."""
+        for out in self.facts.outputs(node):
+            self.keep_whole(out, why)
+
+    def link(self, a: Hashable, axis_a: int, b: Hashable, axis_b: int, meeting: int | None = None) -> None:
+        """Keep the same indices on two axes; ``meeting`` is the reason that is given for what the other one needs."""
+        for (k, i), (m, j) in (((a, axis_a), (b, axis_b)), ((b, axis_b), (a, axis_a))):
+            why = self.why[k][i]
+            if meeting is not None:
+                why = torch.where(why == NEEDED, meeting, why)
+            self.grow(m, j, self.keep[k][i], why)
+
+    def link_blocks(self, a: Hashable, axis_a: int, b: Hashable, axis_b: int, blocks: int) -> None:
+        """Keep in every block of one axis the same indices as on another."""
+        kept, why = self.keep[a][axis_a].view(blocks, -1), self.why[a][axis_a].view(blocks, -1)
+        self.grow(b, axis_b, kept.any(0), why.amax(0))
+        self.grow(a, axis_a, self.keep[b][axis_b].repeat(blocks), self.why[b][axis_b].repeat(blocks))
+
+    def broadcast(self, n: Node, node: Node, meeting: int | None) -> None:
+        """Link the axes of an operand with those of a result to which it is broadcast."""
+        shape = shape_of(node)
+        offset = len(shape) - len(shape_of(n))
+        for axis, size in enumerate(shape_of(n)):
+            if size == shape[axis + offset]:
+                self.link(n, axis, node, axis + offset, meeting)
+            else:
+                self.keep_axis(n, axis, NEEDED)
+
+    def grow_elements(self, key: Hashable, mask: Tensor, why: Tensor) -> None:
+        """Keep, on every axis, what holds one of some elements."""
+        for axis in range(mask.dim() if mask.any() else 0):
+            others = [a for a in range(mask.dim()) if a != axis]
+            if others:
+                self.grow(key, axis, mask.any(others), why.amax(others))
+            else:
+                self.grow(key, axis, mask, why)
+
+    def follows(self, node: Node) -> bool:
+        """Tell whether the user's code follows smaller tensors in a movement, or has its sizes written down."""
+        return (owner(node) or "") not in self.allowed.frozen.reshapes
+
+    def result_index(self, node: Node, out: Node) -> int:
+        """Return which of the results of an operation one is."""
+        family = self.facts.families[out]
+        return family.index if out is not node and isinstance(family, Pick) else 0
+
+
+def _outer(vectors: list[Tensor], combine: Callable[[Tensor, Tensor], Tensor], start: Tensor) -> Tensor:
+    """Combine one vector per axis into a tensor over all axes."""
+    out = start
+    for axis, v in enumerate(vectors):
+        out = combine(out, v.view([-1 if a == axis else 1 for a in range(len(vectors))]))
+    return out
