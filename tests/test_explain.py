@@ -212,8 +212,7 @@ def test_what_is_added_to_the_input_stays() -> None:
 
 def test_columns_go_if_nothing_else_reads() -> None:
     found = dg.explain(mlp(), "in_channels", torch.randn(3, 4))
-    assert verdicts(found) == {"0.weight": "no", "2.weight": "exactly", "4.weight": "exactly"}
-    assert "it reads the model's input" in found["0.weight"].reason
+    assert set(verdicts(found).values()) == {"exactly"}  # features of the input are selected by the exported network
     [entry] = named("residual")
     held = dg.explain(entry.make(), {"conv1.weight": torch.arange(4).view(1, -1, 1, 1)}, entry.make_inputs())
     assert held["conv1.weight"].verdict == "no"

@@ -413,3 +413,24 @@ def test_weights_with_another_parametrization_are_left_alone(norm: Any) -> None:
     assert all(m.training for m in result.model.modules())
     assert_equal(copy.deepcopy(model), result.model, torch.randn(2, 4), 1e-5)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [0.5, 0.0])
+def test_positions_that_a_mask_fills_do_not_hold_channels_back(value: float) -> None:
+    class Filling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 2)
+            self.register_buffer("mask", torch.eye(4) > 0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x).clone()
+            y[:, :, self.mask] = value
+            return self.head(y.mean((2, 3)))
+
+    x = torch.randn(2, 3, 4, 4)
+    model = dg.gate(Filling(), "channels", example_inputs=x)
+    dg.prune(model, ratio=0.5)
+    exported = dg.export(model, x, latency=False)
+    assert exported.model.conv.weight.shape == (4, 3, 3, 3)
+    assert not exported.report.kept

@@ -255,8 +255,7 @@ class Judge:
         held = [self.flag(f) for f in ("frozen", "follower", "scores", "value", "norm", "output")]
         for text in (self.elsewhere, *held):
             out = torch.where(text > 0, _code(_KEPT, 1, 0) + text, out)
-        text = self.number("it reads the model's input, whose width stays: leave the feature out of the data instead")
-        return torch.where(self.flag("input") > 0, _code(_KEPT, 1, text), out)
+        return out
 
     # verdicts on groups
 

@@ -5,7 +5,8 @@ A rule makes the vectors of the tensors that an operation reads and makes grow, 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from collections.abc import Collection, Hashable
 from functools import singledispatch
 from itertools import pairwise, product
 from typing import cast
@@ -151,10 +152,12 @@ def _link_empty(w: Vectors, a: Node, b: Node) -> None:
             w.link(a, axis, b, axis)
 
 
-def _move(w: Vectors, node: Node, inputs: tuple[Node, ...], results: list[Node]) -> None:
-    """Keep every element that comes from, or ends up in, one that stays."""
+def _move(
+    w: Vectors, node: Node, inputs: tuple[Node, ...], results: list[Node], broadcast: Collection[Node] = ()
+) -> None:
+    """Keep every element that comes from, or ends up in, one that stays; what is broadcast goes wherever it is met."""
     maps = w.facts.movement_map(node)
-    inside = torch.cat([w.elements(n).flatten() for n in inputs])
+    inside = torch.cat([w.elements(n).flatten() & (n not in broadcast) for n in inputs])
     inside_why = torch.cat([w.element_why(n).flatten() for n in inputs])
     back = torch.full_like(inside_why, -1)
     for out in results:
@@ -188,7 +191,7 @@ def _(family: Indexing, node: Node, w: Vectors) -> None:
                 if axis not in family.axes:
                     w.link(n, axis, node, axis)
     elif not all(w.full(n) for n in (*places, node)):
-        _move(w, node, places, [node])
+        _move(w, node, places, [node], broadcast=[n for n in places[1:] if math.prod(shape_of(n)) == 1])
 
 
 def _demand_elementwise(w: Vectors, family: Indexing, node: Node) -> None:

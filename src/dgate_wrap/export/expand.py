@@ -13,6 +13,7 @@ from ..tracing.capture import all_tensors
 from .api import Exported
 from .files import misfits
 from .plan import Cut, Plan
+from .scatter import filled_name
 from .selection import reduced
 from .verify import relative_error, run
 
@@ -122,7 +123,7 @@ def _refill(name: str, bias: Tensor, plan: Plan, held: dict[str, Tensor]) -> Non
     path, _, leaf = name.rpartition(".")
     scatter = plan.scatters.get(path) if leaf == "bias" else None
     if scatter is not None and scatter.filled:
-        filled = held[f"{path}._filled" if path else "_filled"]
+        filled = held[filled_name(path)]
         left = [i for i in range(len(scatter.stays)) if i not in set(scatter.kept)]
         bias[[scatter.stays[i] for i in left]] = filled[left].to(bias)
 

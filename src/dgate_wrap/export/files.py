@@ -23,7 +23,7 @@ from ..errors import FileFormatError
 from .api import Exported, signature
 from .plan import Cut, Plan
 from .recipes import Recipe, build_graph
-from .scatter import Scatter
+from .scatter import Scatter, filled_name
 from .selection import buffers
 
 FORMAT_VERSION = 1
@@ -225,7 +225,7 @@ def _check_weights(plan: Plan, weights: dict[str, Tensor], model: nn.Module) -> 
                 raise _bad(f"the plan sets {name}.{attribute}, which is no {kind} here.", "a plan of this model")
     for path, scatter in plan.scatters.items():
         if scatter.filled:
-            expected[f"{path}._filled" if path else "_filled"] = (len(scatter.stays),)
+            expected[filled_name(path)] = (len(scatter.stays),)
     for path, recipe in plan.recipes.items():
         prefix = f"{path}." if path else ""
         for name in recipe.drops:

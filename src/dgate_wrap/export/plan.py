@@ -16,7 +16,7 @@ from ..tracing import Trace
 from ..tracing.capture import owner
 from ..tracing.families import Contraction, Mixing
 from .recipes import Recipe, Rewritten
-from .scatter import Scatter, find_scatters
+from .scatter import Scatter, filled_name, find_scatters
 from .selection import SelectInputs
 from .vectors import Columns
 from .widths import Widths
@@ -107,7 +107,7 @@ class Plan:
             The model; another object only if its own forward is written anew.
         """
         constants = {f"{p}.{c}" if p else c for p, recipe in self.recipes.items() for c in recipe.constants}
-        constants |= {_filled(p) for p, scatter in self.scatters.items() if scatter.filled}
+        constants |= {filled_name(p) for p, scatter in self.scatters.items() if scatter.filled}
         for name in self.new_biases:
             layer = cast(Any, model.get_submodule(name))
             layer.bias = nn.Parameter(tensors[f"{name}.bias" if name else "bias"], layer.weight.requires_grad)
@@ -130,14 +130,10 @@ class Plan:
         for path, scatter in self.scatters.items():
             layer = dict(model.named_modules()).get(path)
             if layer is not None and getattr(layer, "weight", None) is not None:
-                scatter.attach(layer, tensors.get(_filled(path)))
+                scatter.attach(layer, tensors.get(filled_name(path)))
         if self.inputs and self.select_inputs:
             SelectInputs(self.inputs).attach(model)
         return model
-
-
-def _filled(path: str) -> str:
-    return f"{path}._filled" if path else "_filled"
 
 
 @dataclass(frozen=True)
@@ -356,7 +352,7 @@ def make_plan(
     for path, epsilon in epsilons.items():
         attributes.setdefault(path, {})["eps"] = epsilon
     scatters, constants = find_scatters(widths, permissions.scattering)
-    tensors |= {_filled(path): held for path, held in constants.items()}
+    tensors |= {filled_name(path): held for path, held in constants.items()}
     plan = Plan(
         cuts,
         attributes,

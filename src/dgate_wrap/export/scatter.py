@@ -25,6 +25,11 @@ Measured on CPU, one thread, float32: 0.3–2 ns for an element, at 90 GFLOP/s o
 """
 
 
+def filled_name(path: str) -> str:
+    """Return the name of the buffer of a layer that holds the constants between what it computes."""
+    return f"{path}._filled" if path else "_filled"
+
+
 @dataclass(frozen=True)
 class Scatter:
     """A forward hook that spreads the outputs of a layer over more channels.

@@ -58,7 +58,7 @@ def _index(node: Node, varying: frozenset[Node]) -> Family | None:
     indices = tuple(n for n in listed if n is not None)
     masks = [n for n in indices if tensor_of(n).dtype in (torch.bool, torch.uint8) and len(shape_of(n)) > 1]
     if masks:
-        over = tuple(range(len(shape_of(masks[0]))))
+        over = tuple(range(axes[0], axes[0] + len(shape_of(masks[0]))))
         return None if len(indices) > 1 else _indexing(node, x, over, indices, written, written is not None)
     same = written is not None or [len(shape_of(n)) for n in indices] == [1]
     return _indexing(node, x, axes, indices, written, same)
@@ -84,7 +84,7 @@ def _write(node: Node, varying: frozenset[Node]) -> Family | None:
     axes, indices = (_axis(x, axis),), (index,)
     if op_name(node) == "index_copy":
         return _indexing(node, x, axes, indices, written)
-    return Indexing(tensor_inputs(node), x, axes, indices, _never, written, adds=True)
+    return _indexing(node, x, axes, indices, written, adds=True)
 
 
 def _axis(x: Node, axis: int) -> int:
@@ -98,6 +98,7 @@ def _indexing(
     indices: tuple[Node, ...],
     written: Node | None = None,
     same: bool = True,
+    adds: bool = False,
 ) -> Indexing:
     parts = [n for n in (x, written) if n is not None]
     target = cast(Callable[..., Tensor], node.target)
@@ -107,11 +108,7 @@ def _indexing(
         args, kwargs = cast("tuple[Any, Any]", torch.fx.map_arg((node.args, node.kwargs), given.__getitem__))
         return target(*args, **kwargs)
 
-    return Indexing(tensor_inputs(node), x, axes, indices, run, written, same)
-
-
-def _never(stand_ins: list[Tensor], values: dict[Node, Tensor]) -> Tensor:
-    raise NotImplementedError("this operation adds, it does not move")
+    return Indexing(tensor_inputs(node), x, axes, indices, run, written, same, adds)
 
 
 def _ranking(node: Node, varying: frozenset[Node]) -> Family | None:
