@@ -279,3 +279,24 @@ def test_every_operation_runs_in_float64_inside_of_in_double() -> None:
     counter = torch.zeros(3)
     with InDouble(), pytest.raises(TypeError, match="writes to a tensor"):
         counter.add_(1)
+
+
+def test_rounding_is_judged_on_the_input_where_it_happens() -> None:
+    class Cancelling(nn.Module):
+        """Loses all but a few digits on the inputs whose two halves are nearly alike."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 64), nn.Linear(64, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, 1)
+            return self.down(self.up(a).square()) - self.down(self.up(b).square())
+
+    gated = dg.gate(Cancelling(), "neurons", exclude="down.*")
+    dg.prune(gated, ratio=0.5)
+    half = torch.randn(16, 4)
+    near = torch.cat([half, half + 1e-6 * torch.randn(16, 4)], 1)
+    exported = dg.export(gated, torch.randn(16, 8), batches=[near], latency=False)
+    assert exported.report.certificate.tolerance["own precision"] > 1e-5
+    assert exported.report.certificate.max_error["float64"] < 1e-10

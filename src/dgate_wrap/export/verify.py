@@ -7,6 +7,7 @@ from how far the reference itself is from float64.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,9 @@ from .selection import Kept, reduced
 _SEED = 20250923
 
 _OWN, _DOUBLE = "own precision", "float64"
+
+_ROUNDINGS = 20
+"""How many times as far as the reference itself from float64 a network may be from it, in the model's own precision."""
 
 _SPREADS = (1.0, 10.0, 1000.0)
 """How far random inputs spread, in deviations of the example, until one of them moves an output."""
@@ -54,7 +58,7 @@ class Certificate:
 
     Args:
         max_error: Per precision, the largest difference over all probes, relative to the largest output.
-        tolerance: Per precision, the largest difference that would have been accepted.
+        tolerance: Per precision, the largest difference that would have been accepted on any of the inputs.
         precision: Which precisions were compared, and why not others.
         probes: The inputs that were compared.
         skipped: Random inputs that the reference itself refuses, with its words.
@@ -211,6 +215,15 @@ class _Reference:
     own: list[Any]
     double: list[Any] | None = None
 
+    @functools.cached_property
+    def rounding(self) -> float:
+        """How far the reference is from itself in float64; 0 where that is not known."""
+        return 0.0 if self.double is None else relative_error(self.double, self.own, any_dtype=True)
+
+    def tolerance(self, least: dict[str, float]) -> dict[str, float]:
+        """Return the tolerances on this input, where the model's own rounding may be larger than elsewhere."""
+        return least | {_OWN: max(least[_OWN], _ROUNDINGS * self.rounding)}
+
 
 class Verifier:
     """The outputs of a network on all probes, against which smaller networks are compared.
@@ -296,9 +309,8 @@ class Verifier:
     def _tolerances(self, first: _Reference) -> dict[str, float]:
         dtypes = {p.dtype for p in self._model.parameters() if p.is_floating_point()}
         narrow = any(d.itemsize < 4 for d in dtypes)
-        rounding = relative_error(first.double, first.own, any_dtype=True) if first.double is not None else 0.0
-        own = max(5e-2 if narrow else 1e-5 if dtypes != {torch.float64} else 1e-10, 20 * rounding)
-        return {_OWN: own} | ({_DOUBLE: 1e-10} if first.double is not None else {})
+        least = 5e-2 if narrow else 1e-5 if dtypes != {torch.float64} else 1e-10
+        return first.tolerance({_OWN: least}) | ({_DOUBLE: 1e-10} if first.double is not None else {})
 
     def _require_finite(self, reference: _Reference) -> None:
         if not _finite(reference.own):
@@ -366,7 +378,9 @@ class Verifier:
         return self._tolerance | ({_DOUBLE: self._tolerance[_OWN]} if rough else {})
 
     def _check(self, small: nn.Module, exact: nn.Module, kept: Kept, tolerance: dict[str, float]) -> Certificate:
-        probes = [self._compare(small, exact, r, kept, tolerance) for r in self._references]
+        allowed = [r.tolerance(tolerance) for r in self._references]
+        probes = [self._compare(small, exact, r, kept, t) for r, t in zip(self._references, allowed, strict=True)]
+        tolerance = {k: max(t[k] for t in allowed) for k in tolerance}
         worst = {k: max(p.errors.get(k, 0.0) for p in probes) for k in tolerance}
         return Certificate(worst, tolerance, self.precision, probes, self.skipped)
 
@@ -416,7 +430,7 @@ class Verifier:
             ExportError: As `check`; also if the reference refuses a batch, or has no finite answer to it.
         """
         start = time.perf_counter()
-        worst, probes = dict(certificate.max_error), list(certificate.probes)
+        worst, probes, allowed = dict(certificate.max_error), list(certificate.probes), dict(certificate.tolerance)
         for i, inputs in enumerate(batches):
             name = f"batch {i} of yours"
             try:
@@ -428,11 +442,13 @@ class Verifier:
                     mend="dg.export(model, x, batches=[x for x, y in loader])",
                 ) from e
             self._require_finite(reference)
-            probe = self._compare(small, exact, reference, kept or {}, certificate.tolerance)
+            tolerance = reference.tolerance(certificate.tolerance)
+            probe = self._compare(small, exact, reference, kept or {}, tolerance)
+            allowed = {k: max(v, tolerance[k]) for k, v in allowed.items()}
             probes.append(probe)
             worst = {k: max(v, probe.errors.get(k, 0.0)) for k, v in worst.items()}
         self.checking += time.perf_counter() - start
-        return replace(certificate, max_error=worst, probes=probes)
+        return replace(certificate, max_error=worst, tolerance=allowed, probes=probes)
 
 
 def constant_output(why: str) -> ExportError:
