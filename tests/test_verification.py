@@ -214,6 +214,25 @@ def test_constants_that_depend_on_sizes_are_not_folded(model: nn.Module, x: Tens
     torch.testing.assert_close(result.model(other), model(other))
 
 
+def test_a_zero_that_is_a_constant_at_other_sizes_is_not_left_out() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 5, 3, 2, 1), nn.ReLU(), nn.Conv2d(5, 3, 1))
+    randomize(model, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model[0].bias[1] = 1
+        model[1].weight[2] = model[1].bias[2] = 0
+        model[1].weight[2, 1, :, 1] = torch.tensor([1.0, 0.0, -2.0])  # above 0 where the map ends below the middle row
+    dg.gate(model, dg.Select(names="0.weight", axis=0))
+    [gate] = dg.gates.gated_tensors(model)
+    with torch.no_grad():
+        gate.gates.gamma[[1, 3]] = 0
+    result = dg.export(model.eval(), torch.randn(2, 2, 4, 4), latency=False)
+    assert not result.report.frozen
+    assert [tuple(result.model[i].weight.shape[:2]) for i in (0, 1, 3)] == [(3, 2), (5, 3), (3, 5)]
+    assert "with the sizes of the inputs" not in str(result.report)
+    x = torch.randn(2, 2, 5, 5)
+    torch.testing.assert_close(result.model(x), model(x))
+
+
 def test_sizes_that_stand_on_several_axes_are_changed_together_where_they_must_be() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import singledispatchmethod
 from typing import Any
 
@@ -49,10 +49,13 @@ class Constants:
 
     Args:
         trace: The traced model.
+        elsewhere: Values of runs at other sizes of the inputs. What is another constant there is none: ``sized[node]``
+            marks it.
     """
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, elsewhere: Sequence[Mapping[Node, Any]] = ()) -> None:
         self.trace = trace
+        self.elsewhere = tuple(elsewhere)
         self.nodes = trace.nodes
         self.values = trace.run()
         self.varying = varying_nodes(trace)
@@ -64,10 +67,11 @@ class Constants:
         self._extremes: dict[tuple[Node, int], tuple[Tensor, Tensor]] = {}
         self._absorbing: dict[tuple[Node, Node], bool] = {}
         self.unknown: dict[Node, Any] = {}
-        self.elsewhere: list[Mapping[Node, Any]] = []
-        """Values of runs at other sizes, if it turned out that constants differ from size to size."""
+        self.sized: dict[Node, Tensor] = {}
         for node in self.nodes:
             self._find_unknown(node)
+            if self.elsewhere and node in self.varying and isinstance(self.values.get(node), Tensor):
+                self._find_sized(node)
 
     def outputs(self, node: Node) -> list[Node]:
         """Return the tensor-valued nodes that hold a node's results: itself, or what is picked from it."""
@@ -107,6 +111,21 @@ class Constants:
         elif node.op == "call_function":
             known = node not in self.varying
             self.unknown[node] = full_mask(value, False) if known else self._unknown(self.families[node], node)
+
+    def _find_sized(self, node: Node) -> None:
+        """Mark as unknown what was seen to be another constant at other sizes of the inputs."""
+        unknown, here = self.unknown[node], self.values[node]
+        found = torch.zeros_like(unknown)
+        for values in self.elsewhere:
+            there = values.get(node)
+            if not isinstance(there, Tensor) or there.dim() != here.dim():  # another graph: zeros are zeros there too
+                found = found | (here != 0)
+                continue
+            others = [a for a, (m, n) in enumerate(zip(here.shape, there.shape, strict=True)) if m != n]
+            for x, y in zip(_range(here, others), _range(there, others), strict=True):
+                found = found | ((x - y).abs() > rounding(here) * torch.maximum(x.abs(), y.abs()))
+        self.sized[node] = found & ~unknown
+        self.unknown[node] = unknown | found
 
     @singledispatchmethod
     def _unknown(self, family: Family, node: Node) -> Any:
@@ -172,22 +191,9 @@ class Constants:
     def extremes(self, node: Node, axis: int) -> tuple[Tensor, Tensor]:
         """Return the smallest and the largest value at every index along an axis, in float64."""
         if (node, axis) not in self._extremes:
-            self._extremes[node, axis] = _extremes(self.values[node], axis)
+            others = [a for a in range(len(shape_of(node))) if a != axis]
+            self._extremes[node, axis] = _range(self.values[node], others, keepdim=False)
         return self._extremes[node, axis]
-
-    def sized(self, node: Node, axis: int) -> Tensor:
-        """Mark the indices along an axis at which a value was seen to be another one at other sizes of the inputs."""
-        low, high = self.extremes(node, axis)
-        found = torch.zeros(low.shape, dtype=torch.bool)
-        for values in self.elsewhere:
-            if node not in values:  # another graph there
-                return torch.ones_like(found)
-            for here, there in zip((low, high), _extremes(values[node], axis), strict=True):
-                if here.shape != there.shape:
-                    return torch.ones_like(found)
-                bound = rounding(self.values[node]) * torch.maximum(here.abs(), there.abs())
-                found |= (here - there).abs() > bound
-        return found
 
     @_unknown.register
     def _(self, family: Mixing, node: Node) -> Any:
@@ -390,9 +396,9 @@ _CANDIDATE = {4: 2, 3: 2, 1: 0}
 _BILINEAR = "...i,oij,...j->...o"
 
 
-def _extremes(value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    others = [a for a in range(value.dim()) if a != axis]
-    low, high = (value.amin(others), value.amax(others)) if others else (value, value)
+def _range(value: Tensor, axes: list[int], *, keepdim: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest values along some axes, in float64."""
+    low, high = (value.amin(axes, keepdim), value.amax(axes, keepdim)) if axes else (value, value)
     return low.double(), high.double()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import singledispatchmethod
 from typing import Any
 
@@ -40,10 +41,11 @@ class Facts(Constants):
 
     Args:
         trace: The traced model.
+        elsewhere: Values of runs at other sizes of the inputs, if constants turned out to differ from size to size.
     """
 
-    def __init__(self, trace: Trace) -> None:
-        super().__init__(trace)
+    def __init__(self, trace: Trace, elsewhere: Sequence[Mapping[Node, Any]] = ()) -> None:
+        super().__init__(trace, elsewhere)
         self.units: dict[Node, list[tuple[Tensor, Tensor]]] = {}
         self.live: dict[Node, Any] = {n: full_mask(self.values.get(n), False) for n in self.nodes}
         for node in reversed(self.nodes):

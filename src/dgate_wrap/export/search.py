@@ -253,8 +253,12 @@ class _Search:
             return False
         with contextlib.suppress(Exception):
             values = values_on(self.subject.model, facts.trace, in_precision(self.subject, mismatch.inputs))
-            facts.elsewhere.append({} if values is None else values)
-            return True
+            learned = Facts(facts.trace, [*facts.elsewhere, {} if values is None else values])
+            news = any(
+                bool((m & ~facts.sized[n]).any() if n in facts.sized else m.any()) for n, m in learned.sized.items()
+            )
+            self._set(replace(self.subject, facts=learned))
+            return news
         return False
 
     def _first_proven(

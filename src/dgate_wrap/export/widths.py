@@ -120,10 +120,12 @@ class Widths(Vectors):
 
     def _start_from(self, node: Node) -> None:
         """Keep what is neither constant nor unread."""
-        needed = self.facts.needed(node)
-        for axis in range(needed.dim()):
-            others = [a for a in range(needed.dim()) if a != axis]
-            self.grow(node, axis, needed.any(others) if others else needed, NEEDED)
+        needed, why = self.facts.needed(node), torch.tensor(NEEDED)
+        sized = self.facts.sized.get(node)
+        if sized is not None and sized.any():
+            said = self.says(node, "it is a constant that differs with the sizes of the inputs")
+            why = torch.where(sized, said, why)
+        self.grow_elements(node, needed, torch.where(needed, why, -1))
 
     def _settle(self) -> None:
         """Apply every operation's demand until none changes anything; only then see where constants have to go."""
@@ -163,18 +165,16 @@ class Widths(Vectors):
         constants = self._contributes(family, node) & known & ((low != 0) | (high != 0))
         fold = constants & removed
         uneven = (high - low) > rounding(self.facts.values[x]) * torch.maximum(high.abs(), low.abs())
-        sized = self.facts.sized(x, family.x_axis)
-        for those, what in ((uneven, "from position to position"), (sized, "with the sizes of the inputs")):
-            self.grow(x, family.x_axis, fold & those, self.says(node, f"it is a constant that differs {what}"))
-        unfit = uneven | sized
-        fold = fold & ~unfit
+        said = self.says(node, "it is a constant that differs from position to position")
+        self.grow(x, family.x_axis, fold & uneven, said)
+        fold = fold & ~uneven
         if not fold.any():
             return
         values = torch.where(fold, (high + low) / 2, 0.0)
         if not family.padded and self.allowed.can_bias(node):
             self.folds[node] = Fold(node, values, None)
         elif family.groups == 1 and self.allowed.can_carry(node):
-            self._carry(family, node, values, constants & ~unfit, (high + low) / 2)
+            self._carry(family, node, values, constants & ~uneven, (high + low) / 2)
         else:
             self.grow(x, family.x_axis, fold, self.says(node, "it is a constant that cannot be folded here"))
 
