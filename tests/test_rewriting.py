@@ -384,3 +384,31 @@ def test_a_row_that_is_always_looked_up_is_no_dead_branch() -> None:
     assert exported.report.rewritten == []
     assert exported.model.table.weight.shape == (3, 12)
     assert exported.model.up.weight.shape == (6, 12)
+
+
+class Patched(nn.Module):
+    """Counts its examples by ``len``; how many tokens there are is computed before its attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.token = nn.Conv2d(3, 12, 2, 2), nn.Parameter(torch.zeros(1, 1, 12))
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        return x + self.attention(x)
+
+
+def test_lengths_stay_open_and_sizes_computed_outside_of_a_module_are_read_off_its_inputs() -> None:
+    model, x = Patched().eval(), torch.randn(2, 3, 8, 8)
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model, "heads", example_inputs=x)
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[1] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.rewritten == ["attention"]
+    assert exported.model.attention.qkv.weight.shape == (24, 12)
+    other = torch.randn(5, 3, 4, 10)
+    torch.testing.assert_close(exported.model(other), model(other))
+    assert "len" not in globals()

@@ -6,6 +6,7 @@ axis are kept comes from its twin with the sizes of the example. What is constan
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 from collections.abc import Callable, Mapping
@@ -271,6 +272,9 @@ class _Writing:
         passed = self._passed(node)
         if passed is not None:
             return self._get(passed)
+        if isinstance(node.meta.get("val"), torch.SymInt):  # what it is computed from may lie outside
+            with contextlib.suppress(UnwritableError):
+                return self._number(node.meta["val"])
         layer = self._layer(node) if node in self.r.symbolic.twins else None
         if layer is not None:
             return layer

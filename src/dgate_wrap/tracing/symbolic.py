@@ -6,8 +6,10 @@ lengths is written from its twin, in which the sizes of the inputs that may vary
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Mapping
+import sys
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -42,11 +44,30 @@ def capture_symbolic(
     """
     inputs = normalize_inputs(example_inputs, example_kwargs)
     try:
-        with export_open(model, _several(inputs)) as (exported, used):
+        with _open_lengths(model), export_open(model, _several(inputs)) as (exported, used):
             static, twins = _settle(exported)
             return trace_of(model, used, static), Symbolic(exported.graph, twins)
     except Exception:
         return capture(model, inputs.args, inputs.kwargs), None
+
+
+@contextlib.contextmanager
+def _open_lengths(model: nn.Module) -> Generator[None]:
+    """Leave ``len(x)`` of a tensor open as ``x.shape[0]`` is, in the files in which the model's classes are written."""
+    files = {c.__module__ for m in model.modules() for c in type(m).__mro__ if c.__module__.split(".")[0] != "torch"}
+    spaces = [vars(sys.modules[f]) for f in files & sys.modules.keys() - {"builtins"}]
+    spaces = [s for s in spaces if "len" not in s]
+    for space in spaces:
+        space["len"] = _length
+    try:
+        yield
+    finally:
+        for space in spaces:
+            del space["len"]
+
+
+def _length(x: Any) -> Any:
+    return x.shape[0] if isinstance(x, Tensor) and x.dim() else len(x)
 
 
 def _several(inputs: Inputs) -> Inputs:
