@@ -412,3 +412,47 @@ def test_lengths_stay_open_and_sizes_computed_outside_of_a_module_are_read_off_i
     other = torch.randn(5, 3, 4, 10)
     torch.testing.assert_close(exported.model(other), model(other))
     assert "len" not in globals()
+
+
+class Encoded(nn.Module):
+    """Attention of torch's own, which takes a faster way in eval mode, and gives weights that nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.cross = (nn.MultiheadAttention(12, 3, batch_first=True) for _ in range(2))
+        self.out = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.own(x, x, x, need_weights=False)[0]
+        return self.out(x + self.cross(x, x.flip(1), x)[0])
+
+
+def test_attention_of_torch_is_written_anew_behind_its_own_faster_way() -> None:
+    model = Encoded().eval()
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model, "heads", example_inputs=X, include="cross.*")
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[1] = 0
+    exported = dg.export(model, X, latency=False)
+    assert exported.report.rewritten == ["cross"]
+    assert exported.model.cross.out_proj.weight.shape == (12, 8)
+    assert exported.model.cross(X, X, X)[1] is None
+    assert_equal(model, exported.model)
+
+
+class Sorted(Attention):
+    """Attends to its tokens in the order of one feature, and brings them back by the inverse of that order."""
+
+    def forward(self, x: Tensor, *, causal: bool = True) -> Tensor:
+        tokens = x.flatten(0, 1)
+        order = tokens[:, 0].argsort()
+        back = torch.empty_like(order)
+        back[order] = torch.arange(tokens.shape[0])
+        return super().forward(tokens[order].view(x.shape), causal=causal).flatten(0, 1)[back].view(x.shape)
+
+
+def test_integers_without_a_value_yet_are_made_in_rewritten_forwards() -> None:
+    model, exported = without_a_head(Sorted)
+    assert exported.report.rewritten == ["attention"]
+    assert exported.model.attention.qkv.weight.shape == (24, 12)
+    assert_equal(model, exported.model)

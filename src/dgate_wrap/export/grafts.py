@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from ..tracing.capture import all_tensors, owners
 from ..tracing.symbolic import Symbolic
-from .culprits import Call
+from .culprits import Call, same_value
 from .dead import Branch
 from .plan import Draft, Permissions, Plan
 from .recipes import Recipe, UndescribableError, describe_graph, describe_tree
@@ -128,12 +130,22 @@ class Grafts:
         inside = set(nodes)
         given: list[Tensor] = []
         takes = {"dict": {n: describe_tree(v, given) for n, v in call.arguments.items()}}
-        returned: list[Tensor] = []
-        gives = describe_tree(call.result, returned)
         read = {n for node in nodes for n in node.all_input_nodes if n not in inside}
         inputs = [self._given(x, read) for x in given]
-        known = [n for same in inputs for n in same]
-        outputs = [self._returned(path, x, [*reversed(nodes), *known]) for x in returned]
+        candidates = [*reversed(nodes), *(n for same in inputs for n in same)]
+        outputs: list[Node] = []
+
+        def find(x: Any) -> Any:
+            """Return a result, or ``None`` in place of one that no code of the model reads: its graph has none."""
+            node = self._returned(x, candidates) if isinstance(x, Tensor) else None
+            if node is None and isinstance(x, Tensor):
+                if not path:
+                    raise UnwritableError("the model returns a tensor that it does not compute")
+                return None
+            outputs.extend([] if node is None else [node])
+            return x
+
+        gives = describe_tree(pytree.tree_map(find, call.result), [])
         part: Part = self._rewriter.write(nodes, inputs, outputs, self._names(path))
         shapes = {n: list(t.shape) for n, t in part.constants.items()}
         return Recipe(describe_graph(part.graph), takes, gives, shapes, self._drops(path, part)), part.constants
@@ -162,17 +174,12 @@ class Grafts:
         source = self.facts.trace.sources.get(self.symbolic.twins[node])
         return source is not None and source.kind == "input" and self._has(node, x)
 
-    def _returned(self, path: str, x: Tensor, candidates: list[Node]) -> Node:
-        for n in candidates:
-            if n in self.symbolic.twins and self._has(n, x):
-                return n
-        raise UnwritableError(f"{path or 'the model'} returns a tensor that it does not compute")
+    def _returned(self, x: Tensor, candidates: list[Node]) -> Node | None:
+        return next((n for n in candidates if n in self.symbolic.twins and self._has(n, x)), None)
 
     def _has(self, node: Node, x: Tensor) -> bool:
         value = self.facts.values.get(self.symbolic.twins[node])
-        if not isinstance(value, Tensor) or value.shape != x.shape or value.dtype != x.dtype:
-            return False
-        return torch.equal(value, x)
+        return isinstance(value, Tensor) and same_value(value, x)
 
     def _names(self, path: str) -> dict[str, str]:
         """Return the names of tensors and layers of the whole model as a module sees them."""

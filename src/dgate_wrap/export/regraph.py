@@ -170,7 +170,7 @@ class _Writing:
             if is_open(size):
                 same = value.narrow(axis, 0, 1)
                 spread = (value - same).abs().max() if value.is_floating_point() else (value != same).any()
-                if float(spread) > rounding(value) * float(value.abs().max()):
+                if float(spread) > (rounding(value) * float(value.abs().max()) if value.is_floating_point() else 0):
                     return None
                 value = same
             else:
