@@ -5,9 +5,9 @@
                                  [--seconds 20] [--threads 1] [--no-compile] [--quick] [--json FILE] [--markdown FILE]
 
 A share of the groups is dead, the same in every layer (``--uneven``: of all groups of a kind, so that layers get odd
-widths). Networks run in turn in one process, in alternating order: dense, a copy of dense (the noise floor), exported,
-and what Torch-Pruning's dependency graph makes of the same zeros, if that has the same widths. Ratios are medians over
-rounds. Each model has a process of its own.
+widths). Networks run in turn in one process, each round in another order: dense, a copy of dense (the noise floor),
+exported, and what Torch-Pruning's dependency graph makes of the same zeros, if that has the same widths. Ratios are
+medians over rounds. Each model has a process of its own. On one thread, seconds are those of the thread.
 
     speed-up    latency of dense over that of exported
     promise     FLOPs of dense over those of exported
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -140,9 +141,9 @@ def race(networks: dict[str, Callable[..., Any]], inputs: Inputs, seconds: float
     for network in networks.values():
         network(**inputs)
     times: dict[str, list[float]] = {name: [] for name in networks}
-    start, rounds = time.perf_counter(), 0
+    start, rounds, order = time.perf_counter(), 0, random.Random(0)
     while rounds < 3 or (rounds < 300 and time.perf_counter() - start < seconds):
-        for name in list(networks)[:: 1 if rounds % 2 else -1]:
+        for name in order.sample(list(networks), len(networks)):
             t = clock()
             networks[name](**inputs)
             times[name].append(clock() - t)
@@ -154,15 +155,15 @@ PRODUCTS = ("addmm", "mm", "bmm", "convolution", "conv2d_forward", "attention_fo
 
 
 @torch.no_grad()
-def products(dense: nn.Module, exported: nn.Module, inputs: Inputs) -> float:
-    """Return the time that dense spends in operations that have FLOPs over that of exported, the least of rounds."""
-    spent: list[list[float]] = [[], []]
+def share_of_products(network: nn.Module, inputs: Inputs) -> float:
+    """Return the share of a network's time that it spends in operations that have FLOPs, a median of five runs."""
+    shares: list[float] = []
     for _ in range(5):
-        for network, times in zip((dense, exported), spent, strict=True):
-            with profile(activities=[ProfilerActivity.CPU]) as record:
-                network(**inputs)
-            times.append(sum(e.self_cpu_time_total for e in record.key_averages() if e.key.endswith(PRODUCTS)))
-    return min(spent[0]) / min(spent[1])
+        with profile(activities=[ProfilerActivity.CPU]) as record:
+            network(**inputs)
+        spent = [(e.key.endswith(PRODUCTS), e.self_cpu_time_total) for e in record.key_averages()]
+        shares.append(sum(t for found, t in spent if found) / sum(t for _, t in spent))
+    return statistics.median(shares)
 
 
 def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
@@ -220,7 +221,8 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 row |= {"latency": latency, "promise": promise[0] / promise[1]}
                 row |= {"floor": ratio(times, "dense", "copy"), "speedup": ratio(times, "dense", "exported")}
                 if mode == "eager":
-                    row["products"] = products(dense, small["exported"], inputs)
+                    shares = [share_of_products(networks[n], inputs) for n in ("dense", "exported")]
+                    row["products"] = row["speedup"] * shares[0] / shares[1]
                 row["bound"] = promise[0] / latency["dense"] / peak()
                 if "Torch-Pruning" in times:
                     row["beside"] = ratio(times, "Torch-Pruning", "exported")
