@@ -319,3 +319,24 @@ def test_rounding_is_judged_on_the_input_where_it_happens() -> None:
     exported = dg.export(gated, torch.randn(16, 8), batches=[near], latency=False)
     assert exported.report.certificate.tolerance["own precision"] > 1e-5
     assert exported.report.certificate.max_error["float64"] < 1e-10
+
+
+class Narrowing(nn.Module):
+    """Multiplies in float32 whatever the precision of its input is, as some attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x).tanh().float()
+        return (h @ h.transpose(1, 2)).type_as(x)
+
+
+def test_what_a_forward_computes_in_float32_is_compared_in_float64_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = dg.export(gated(Narrowing(), tuple(range(0, 64, 3))), TOKENS, latency=False)
+    assert exported.report.removed == 22
+    assert exported.report.certificate.max_error["float64"] <= 1e-10
+    plant(monkeypatch, "up", lambda _, out: out * (1 + 1e-8))
+    with pytest.raises(dg.ExportError, match="not equal"):
+        dg.export(gated(Narrowing(), tuple(range(0, 64, 3))), TOKENS, latency=False)
