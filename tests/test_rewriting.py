@@ -456,3 +456,24 @@ def test_integers_without_a_value_yet_are_made_in_rewritten_forwards() -> None:
     assert exported.report.rewritten == ["attention"]
     assert exported.model.attention.qkv.weight.shape == (24, 12)
     assert_equal(model, exported.model)
+
+
+class Sloped(Attention):
+    """Scores fall with the distance, at a slope of its own in each head, which the forward makes (ALiBi)."""
+
+    def forward(self, x: Tensor, *, causal: bool = True) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        at = torch.arange(tokens)
+        slopes = torch.tensor([2.0**-i for i in range(self.heads)], dtype=x.dtype).view(-1, 1, 1)
+        scores = q @ k.transpose(-2, -1) - slopes * (at.view(-1, 1) - at).abs()
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+def test_what_the_forward_makes_for_each_head_goes_with_the_head() -> None:
+    model, exported = without_a_head(Sloped)
+    assert exported.report.rewritten == ["attention"]
+    assert exported.model.attention.out.in_features == 8
+    assert_equal(model, exported.model)
+    _, kept = without_a_head(Sloped, rewrite=False)
+    assert {k.reason for k in kept.report.kept} == {"it is a constant that the forward makes"}

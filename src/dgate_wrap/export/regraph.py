@@ -214,6 +214,14 @@ class _Writing:
         self.constants[name] = value.clone()
         return name
 
+    def _cut(self, node: Node, value: Tensor) -> Tensor:
+        """Return what stays of a tensor that the forward makes."""
+        if not isinstance(value, Tensor):
+            return value
+        for axis in range(value.dim()):
+            value = value.index_select(axis, self.r.kept(node, axis).nonzero().flatten())
+        return value
+
     # operands
 
     def _get(self, node: Node) -> Any:
@@ -222,7 +230,7 @@ class _Writing:
         if node.op == "placeholder":
             source = self.facts.trace.sources[self.r.twin(node)]
             if source.kind == "constant":
-                name = self._hold(source.value)
+                name = self._hold(self._cut(node, source.value))
             elif source.name in self.names:
                 name = self.names[source.name]
             else:

@@ -104,13 +104,15 @@ class Vectors:
         """Return the number of a reason that names an operation and its source line."""
         return self.reason(f"{what} ({operation(node)}, {where(node)})")
 
-    def written_down(self, node: Node, what: str) -> int:
+    def code_reason(self, text: str) -> int:
         """Return the number of a reason that holds for the user's code only."""
-        number = self.says(node, what)
+        number = self.reason(text)
         self._written.add(number)
         return number
 
-    # what each family of operations demands
+    def written_down(self, node: Node, what: str) -> int:
+        """Return the number of a reason that names an operation, and holds for the user's code only."""
+        return self.code_reason(f"{what} ({operation(node)}, {where(node)})")
 
     def full(self, key: Hashable) -> bool:
         """Tell whether every index of every axis of a tensor stays."""

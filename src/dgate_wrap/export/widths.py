@@ -97,7 +97,8 @@ class Widths(Vectors):
                 if not self.allowed.can_select(node, axis):
                     self.keep_axis(node, axis, self.reason("it is an input of the model"))
         elif (source is not None and source.kind == "constant") or node.op == "get_attr":
-            self.keep_whole(node, self.reason("it is a constant that the forward makes"))
+            if not self.allowed.rewrite:
+                self.keep_whole(node, self.code_reason("it is a constant that the forward makes"))
         elif source is not None and not node.users:
             self.keep_whole(node, self.reason("the traced forward does not use it"))
         elif node in self.facts.varying and self.facts.unknown[node].any():
