@@ -1,4 +1,4 @@
-"""Export equals the gated model on random graphs over every family of operations: 1,000, or 100,000 with ``--long``."""
+"""Export equals the gated model on random graphs over every family of operations: 2,000, or 100,000 with ``--long``."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FAMILIES = {
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "chunk" in metafunc.fixturenames:
-        metafunc.parametrize("chunk", range(1000 if metafunc.config.getoption("--long") else 10))
+        metafunc.parametrize("chunk", range(1000 if metafunc.config.getoption("--long") else 20))
 
 
 @dataclass
