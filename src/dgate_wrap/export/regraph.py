@@ -214,11 +214,9 @@ class _Writing:
         self.constants[name] = value.clone()
         return name
 
-    def _cut(self, node: Node, value: Tensor) -> Tensor:
+    def _cut(self, node: Node, value: Any) -> Any:
         """Return what stays of a tensor that the forward makes."""
-        if not isinstance(value, Tensor):
-            return value
-        for axis in range(value.dim()):
+        for axis in range(value.dim() if isinstance(value, Tensor) else 0):
             value = value.index_select(axis, self.r.kept(node, axis).nonzero().flatten())
         return value
 
