@@ -22,11 +22,12 @@ def gate_column(gamma: Tensor) -> Tensor:
     """Return ``γ_1 ··· γ_{D-1}`` per group as a column, shape ``(G, 1)``; the gates themselves for D=2.
 
     A chain of products, not ``prod``: the backward of ``prod`` returns 0 where two factors are denormal. Columns, not
-    ``unbind``: their backward is one ``cat`` without a ``stack``, and each step of training pays for it.
+    ``unbind``: their backward is one ``cat`` without a ``stack``; and not ``Tensor.split``, which goes through Python.
+    Each step of training pays for it.
     """
     if gamma.shape[1] == 1:
         return gamma
-    product, *rest = gamma.split(1, 1)
+    product, *rest = gamma.split_with_sizes([1] * gamma.shape[1], 1)
     for factor in rest:
         product = product * factor
     return product
