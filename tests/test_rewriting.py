@@ -477,3 +477,30 @@ def test_what_the_forward_makes_for_each_head_goes_with_the_head() -> None:
     assert_equal(model, exported.model)
     _, kept = without_a_head(Sloped, rewrite=False)
     assert {k.reason for k in kept.report.kept} == {"it is a constant that the forward makes"}
+
+
+class Generator(nn.Module):
+    """A flat code becomes an image of channels whose number is written down; an activation writes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Linear(6, 8 * 4)
+        self.rest = nn.Sequential(
+            nn.ConvTranspose2d(8, 6, 4, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 2, 3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.start(x).view(-1, 8, 2, 2))
+
+
+def test_what_an_activation_writes_in_place_does_not_stop_a_rewriting() -> None:
+    model, x = Generator().eval(), torch.randn(3, 6)
+    randomize(model, torch.Generator().manual_seed(0))
+    gated = dg.gate(model, "channels", example_inputs=x)
+    with torch.no_grad():
+        for gates in (m for m in gated.modules() if isinstance(m, dg.Gates)):
+            gates.gamma[::2] = 0
+    exported = dg.export(gated, x, latency=False)
+    assert exported.report.rewritten == [""]
+    assert exported.model.start.weight.shape == (16, 6)
+    assert torch.allclose(exported.model(x), gated(x), atol=1e-6)

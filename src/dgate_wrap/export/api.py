@@ -18,9 +18,9 @@ from ..pruning import PruneReport, prune
 from ..tracing import Inputs, capture, normalize_inputs
 from ..tracing.capture import all_tensors
 from .configs import express
-from .constants import on_axis
 from .copies import separate_, share, weight_bytes
 from .facts import Facts
+from .masks import on_axis
 from .plan import Cut, Plan
 from .report import Kept, Report, Size, find_kept, latencies, measure
 from .search import Found, Subject, differing, smallest

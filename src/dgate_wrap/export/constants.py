@@ -38,6 +38,7 @@ from ..tracing.operations import (
     source_indices,
     varying_nodes,
 )
+from .masks import along, any_of, full_mask, is_any, on_axis, others, project, taps
 
 
 class Constants:
@@ -96,7 +97,7 @@ class Constants:
     def steady(self, node: Node, axis: int) -> Tensor:
         """Mark the elements that are known, and the same all along an axis; that axis has size 1 in the result."""
         value = self.values[node]
-        known = (~self.unknown[node]).all(axis, keepdim=True)
+        known = ~along(self.unknown[node], axis)
         if not value.is_floating_point() or value.shape[axis] == 0:
             return known & (value == value.narrow(axis, 0, 1)).all(axis, keepdim=True) if value.numel() else known
         low, high = value.amin(axis, keepdim=True), value.amax(axis, keepdim=True)
@@ -121,8 +122,8 @@ class Constants:
             if not isinstance(there, Tensor) or there.dim() != here.dim():  # another graph: zeros are zeros there too
                 found = found | (here != 0)
                 continue
-            others = [a for a, (m, n) in enumerate(zip(here.shape, there.shape, strict=True)) if m != n]
-            for x, y in zip(_range(here, others), _range(there, others), strict=True):
+            axes = [a for a, (m, n) in enumerate(zip(here.shape, there.shape, strict=True)) if m != n]
+            for x, y in zip(_range(here, axes), _range(there, axes), strict=True):
                 found = found | ((x - y).abs() > rounding(here) * torch.maximum(x.abs(), y.abs()))
         self.sized[node] = found & ~unknown
         self.unknown[node] = unknown | found
@@ -151,7 +152,7 @@ class Constants:
             if n is operand:
                 continue
             zero = self.zero(n)
-            if zero.any():
+            if is_any(zero):
                 if (node, n) not in self._absorbing:
                     self._absorbing[node, n] = gives_zero(node, family, {n})
                 if self._absorbing[node, n]:
@@ -163,7 +164,7 @@ class Constants:
         unknown, box = self.unknown[family.x], self.box(family)
         if box is None:
             return family.apply(unknown.float(), self.pattern(family)) > 0.5
-        read = (unknown & on_axis(box[family.w_in], family.x_axis, unknown.dim())).any(family.x_axis, keepdim=True)
+        read = along(unknown & on_axis(box[family.w_in], family.x_axis, unknown.dim()), family.x_axis)
         if family.spatial:
             read = family.apply(read.float(), taps(box)) > 0.5
         return read & on_axis(box[family.w_out], family.out_axis, len(shape_of(node)))
@@ -182,8 +183,7 @@ class Constants:
             return None
         if family.weight not in self._boxes:
             nonzero = self.values[family.weight] != 0
-            axes = range(nonzero.dim())
-            box = [nonzero.any([b for b in axes if b != a]) for a in axes]
+            box = [project(nonzero, a) for a in range(nonzero.dim())]
             full = int(nonzero.count_nonzero()) >= 0.9999 * math.prod(int(m.count_nonzero()) for m in box)
             self._boxes[family.weight] = box if full else None
         return self._boxes[family.weight]
@@ -191,8 +191,8 @@ class Constants:
     def extremes(self, node: Node, axis: int) -> tuple[Tensor, Tensor]:
         """Return the smallest and the largest value at every index along an axis, in float64."""
         if (node, axis) not in self._extremes:
-            others = [a for a in range(len(shape_of(node))) if a != axis]
-            self._extremes[node, axis] = _range(self.values[node], others, keepdim=False)
+            rest = others(len(shape_of(node)), axis)
+            self._extremes[node, axis] = _range(self.values[node], rest, keepdim=False)
         return self._extremes[node, axis]
 
     @_unknown.register
@@ -216,11 +216,11 @@ class Constants:
         """Mark everything that is mixed with something marked; the mixed axes get size 1, unless it is by groups."""
         if family.groups > 1:
             grouped = mask.unflatten(1, (family.groups, -1))
-            grouped = grouped.flatten(2).any(2)  # (N, groups)
+            grouped = any_of(grouped.flatten(2), 2)  # (N, groups)
             each = grouped.repeat_interleave(mask.shape[1] // family.groups, 1)
             return each.view(*each.shape, *[1] * (mask.dim() - 2))
         for axis in family.mixed:
-            mask = mask.any(axis, keepdim=True)
+            mask = along(mask, axis)
         return mask
 
     @_unknown.register
@@ -316,7 +316,7 @@ class Constants:
             moves |= given.flatten(0, -2).any(0)
         if w_hr is None:
             return moves, moves
-        projected = (self.values[w_hr] != 0)[:, moves].any(1)
+        projected = any_of((self.values[w_hr] != 0)[:, moves], 1)
         given = ~self.zero(family.states[0])[layer]
         return moves, projected | given.flatten(0, -2).any(0)
 
@@ -337,7 +337,7 @@ class Constants:
                 out = along(out, axis) | (value != value.narrow(axis, 0, 1))
                 out = along(out, axis).expand(value.shape)
             source = family.source
-            out = out | self.unknown[source].any() | (self.values[source] != 0).any()
+            out = out | any_of(self.unknown[source]) | any_of(self.values[source] != 0)
         return out
 
     def _choices(self, family: Indexing, node: Node, chosen: bool) -> Tensor:
@@ -374,18 +374,6 @@ class Constants:
         return first | (second & ~self.zero(family.x).chunk(2, family.axis)[0])
 
 
-def full_mask(value: Any, fill: bool) -> Any:
-    """Return a mask, or a list of masks, of the shapes of a value; ``None`` for what is no tensor.
-
-    All elements share one place in memory: not to be written to.
-    """
-    if isinstance(value, Tensor):
-        return torch.full((), fill, dtype=torch.bool).expand(value.shape)
-    if isinstance(value, tuple | list):
-        return [full_mask(v, fill) for v in value]
-    return None
-
-
 def _same_axes(result: Tensor, x: Tensor) -> bool:
     return result.dim() == x.dim() and all(b in (1, a) for a, b in zip(result.shape, x.shape, strict=True))
 
@@ -400,36 +388,6 @@ def _range(value: Tensor, axes: list[int], *, keepdim: bool = True) -> tuple[Ten
     """Return the smallest and the largest values along some axes, in float64."""
     low, high = (value.amin(axes, keepdim), value.amax(axes, keepdim)) if axes else (value, value)
     return low.double(), high.double()
-
-
-def on_axis(vector: Tensor, axis: int, ndim: int) -> Tensor:
-    """Return a vector as a tensor of several axes that broadcasts along all but one."""
-    return vector.view([-1 if a == axis else 1 for a in range(ndim)])
-
-
-def taps(box: list[Tensor]) -> Tensor:
-    """Return the kernel of one channel with ones where the kernels of a weight are not zero."""
-    out = torch.ones(1, 1, *[1] * (len(box) - 2))
-    for axis in range(2, len(box)):
-        out = out * on_axis(box[axis], axis, len(box))
-    return out
-
-
-def along(mask: Tensor, axis: int) -> Tensor:
-    """Mark every line along an axis that holds something marked; the axis gets size 1."""
-    return mask.any(axis, keepdim=True)
-
-
-def fit(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Reduce a mask to the shape of an operand that was broadcast to it."""
-    if tuple(mask.shape) == tuple(shape):
-        return mask
-    extra = mask.dim() - len(shape)
-    mask = mask.flatten(0, extra - 1).any(0) if extra else mask
-    for axis, n in enumerate(shape):
-        if n == 1 and mask.shape[axis] != 1:
-            mask = mask.any(axis, keepdim=True)
-    return mask
 
 
 def rounding(value: Tensor) -> float:

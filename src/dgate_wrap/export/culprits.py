@@ -23,7 +23,7 @@ from .widths import Widths
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its path, its arguments by name, and its result."""
+    """One call of a module: its path, its arguments by name, and its result, as they were before later code wrote."""
 
     path: str
     arguments: dict[str, Any]
@@ -49,11 +49,11 @@ def watching(model: nn.Module, calls: list[Call], open_calls: list[str]) -> Gene
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             open_calls.append(path)
-            arguments.append(bind(signature, args, kwargs))
+            arguments.append(_copied(bind(signature, args, kwargs)))
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             open_calls.pop()
-            calls.append(Call(path, arguments.pop(), result))
+            calls.append(Call(path, arguments.pop(), _copied(result)))
 
         signature = plain_signature(module)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -66,6 +66,11 @@ def watching(model: nn.Module, calls: list[Call], open_calls: list[str]) -> Gene
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _copied(tree: Any) -> Any:
+    """Copy the tensors of a tree: an activation in place writes to what a module before it gave."""
+    return pytree.tree_map_only(Tensor, Tensor.clone, tree)
 
 
 def record_calls(model: nn.Module, inputs: Inputs) -> list[Call]:

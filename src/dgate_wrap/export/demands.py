@@ -37,6 +37,7 @@ from ..tracing.families import (
 )
 from ..tracing.operations import is_tensor, op_name, shape_of
 from .facts import Facts
+from .masks import project
 from .vectors import NEEDED, Columns, Units, Vectors
 
 
@@ -108,9 +109,8 @@ def _demand_whole_groups(w: Vectors, family: Mixing, node: Node) -> None:
 def _keep_nonzero(w: Vectors, x: Node, axis: int, node: Node) -> None:
     """Keep what adds a constant to a sum along an axis."""
     if all(bool(k.any()) for o in w.facts.outputs(node) for k in w.keep[o]):
-        others = [a for a in range(len(w.keep[x])) if a != axis]
-        adds = w.facts.nonzero_constant(x)
-        w.grow(x, axis, adds.any(others) if others else adds, w.says(node, "it adds a constant to a sum"))
+        adds = project(w.facts.nonzero_constant(x), axis)
+        w.grow(x, axis, adds, w.says(node, "it adds a constant to a sum"))
 
 
 @demand.register
@@ -249,8 +249,8 @@ def _(family: Bilinear, node: Node, w: Vectors) -> None:
         for a in range(last):
             w.link(x, a, node, a)
         w.link(x, last, family.weight, axis)
-        constant = w.facts.nonzero_constant(x).flatten(0, -2).any(0)
-        used = (w.facts.values[family.weight] != 0).movedim(axis, 0).flatten(1).any(1)
+        constant = project(w.facts.nonzero_constant(x), -1)
+        used = project(w.facts.values[family.weight] != 0, axis)
         w.grow(x, last, constant & used, w.says(node, "it is a constant that cannot be folded here"))
     w.link(family.weight, 0, node, last)
     if family.bias is not None:
@@ -408,9 +408,8 @@ def _demand_cell(w: Vectors, family: Recurrence, node: Node, layer: int) -> None
         w.link(w_hr, 1, units, 0)
     if layer < family.directions:
         w.link(w_ih, 1, family.x, -1)
-        others = list(range(len(w.keep[family.x]) - 1))
-        constant = w.facts.nonzero_constant(family.x).any(others)
-        used = (w.facts.values[w_ih] != 0).any(0)
+        constant = project(w.facts.nonzero_constant(family.x), -1)
+        used = project(w.facts.values[w_ih] != 0, 1)
         said = w.says(node, "it is a constant that cannot be folded here")
         w.grow(family.x, -1, constant & used, said)
     else:
@@ -505,4 +504,4 @@ def uniform(node: Node) -> bool:
 def some_weight(facts: Facts, node: Node) -> Tensor:
     """Mark the outputs of a contraction to which some weight leads."""
     family = cast(Contraction, facts.families[node])
-    return (facts.values[family.weight] != 0).movedim(family.w_out, 0).flatten(1).any(1)
+    return project(facts.values[family.weight] != 0, family.w_out)

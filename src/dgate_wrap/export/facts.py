@@ -30,7 +30,8 @@ from ..tracing.families import (
     Recurrence,
 )
 from ..tracing.operations import shape_of
-from .constants import Constants, along, fit, full_mask, on_axis, taps
+from .constants import Constants
+from .masks import along, any_of, fit, full_mask, is_any, on_axis, taps
 
 
 class Facts(Constants):
@@ -63,11 +64,11 @@ class Facts(Constants):
             live, unknown = self.live[node], self.unknown[node]
             if isinstance(live, Tensor):
                 live = live & unknown
-                if live.any():
+                if is_any(live):
                     self._live(self.families[node], node, live)
             elif isinstance(live, list):
                 parts = [a & b for a, b in zip(live, unknown, strict=True) if isinstance(a, Tensor)]
-                if any(bool(p.any()) for p in parts):
+                if any(is_any(p) for p in parts):
                     self._live(self.families[node], node, parts)
 
     def _mark(self, node: Node, mask: Any) -> None:
@@ -102,7 +103,7 @@ class Facts(Constants):
         if box is None:
             self._mark(family.x, _reached(family, shape, self.pattern(family), live))
             return
-        asked = (live & on_axis(box[family.w_out], family.out_axis, live.dim())).any(family.out_axis, keepdim=True)
+        asked = along(live & on_axis(box[family.w_out], family.out_axis, live.dim()), family.out_axis)
         if family.spatial:
             shape[family.x_axis] = 1
             asked = _reached(family, shape, taps(box), asked)
@@ -112,7 +113,7 @@ class Facts(Constants):
     def _(self, family: Mixing, node: Node, live: Any) -> None:
         if isinstance(live, list):
             first, *others = live
-            if any(bool(o.any()) for o in others):  # indices of a pooling, statistics of a norm
+            if any(is_any(o) for o in others):  # indices of a pooling, statistics of a norm
                 self._mark(family.x, full_mask(self.values[family.x], True))
             live = first
         for axis in sorted(a for a, b in enumerate(family.out_axis) if b is None):
@@ -147,18 +148,18 @@ class Facts(Constants):
     def _(self, family: Attention, node: Node, live: Any) -> None:
         live = live[0] if isinstance(live, list) else live
         key, value = (n for n in (family.key, family.value))
-        scored = live.any(-1, keepdim=True).any(-2, keepdim=True)  # (..., heads, 1, 1)
-        shared = live.any(-2, keepdim=True)
+        scored = any_of(live, (-1, -2), keepdim=True)  # (..., heads, 1, 1)
+        shared = along(live, -2)
         if family.repeats > 1:
             shared = shared.unflatten(-3, (-1, family.repeats)).any(-3)
         self._mark(value, fit(shared.expand(*shared.shape[:-2], shape_of(value)[-2], -1), shape_of(value)))
         heads = scored
         if family.repeats > 1:
             heads = scored.unflatten(-3, (-1, family.repeats)).any(-3)
-        dims = self.possible(key).any(-2, keepdim=True) if family.repeats == 1 else None
-        wide = live.any(-1, keepdim=True) if dims is None else live.any(-1, keepdim=True) & dims
+        dims = along(self.possible(key), -2) if family.repeats == 1 else None
+        wide = along(live, -1) if dims is None else along(live, -1) & dims
         self._mark(family.query, fit(wide.expand(*wide.shape[:-1], shape_of(family.query)[-1]), shape_of(family.query)))
-        asked = self.possible(family.query).any(-2, keepdim=True) if family.repeats == 1 else None
+        asked = along(self.possible(family.query), -2) if family.repeats == 1 else None
         wide = heads if asked is None else heads & asked
         self._mark(key, fit(wide.expand(*wide.shape[:-2], *shape_of(key)[-2:]), shape_of(key)))
         for n in family.inputs:
@@ -245,7 +246,7 @@ class Facts(Constants):
                 for axis in family.axes:
                     mask = along(mask, axis).expand(size)
             elif chosen and n is family.source:
-                mask = full_mask(self.values[n], True) if live.any() else mask
+                mask = full_mask(self.values[n], True) if is_any(live) else mask
             self._mark(n, mask)
 
     @_live.register

@@ -13,6 +13,7 @@ from ..tracing.capture import operation, owner, where
 from ..tracing.families import Pick
 from ..tracing.operations import shape_of
 from .facts import Facts
+from .masks import any_of, is_any, others
 
 NEEDED = 0
 """Reason of an index that carries something which depends on the input and reaches an output."""
@@ -174,14 +175,11 @@ class Vectors:
             else:
                 self.keep_axis(n, axis, NEEDED)
 
-    def grow_elements(self, key: Hashable, mask: Tensor, why: Tensor) -> None:
-        """Keep, on every axis, what holds one of some elements."""
-        for axis in range(mask.dim() if mask.any() else 0):
-            others = [a for a in range(mask.dim()) if a != axis]
-            if others:
-                self.grow(key, axis, mask.any(others), why.amax(others))
-            else:
-                self.grow(key, axis, mask, why)
+    def grow_elements(self, key: Hashable, mask: Tensor, why: int | Tensor) -> None:
+        """Keep, on every axis, what holds one of some elements, for a reason or for one per element."""
+        for axis in range(mask.dim() if is_any(mask) else 0):
+            rest = others(mask.dim(), axis)
+            self.grow(key, axis, any_of(mask, rest), why.amax(rest) if rest and isinstance(why, Tensor) else why)
 
     def follows(self, node: Node) -> bool:
         """Tell whether the user's code follows smaller tensors in a movement, or has its sizes written down."""

@@ -17,10 +17,11 @@ from torch.fx import Node
 
 from ..tracing.capture import owner
 from ..tracing.families import Contraction, Movement
-from ..tracing.operations import op_name, shape_of
+from ..tracing.operations import op_name
 from .constants import rounding
 from .demands import demand
 from .facts import Facts
+from .masks import any_of, is_any, project
 from .vectors import NEEDED, Allowed, Vectors
 
 
@@ -101,7 +102,7 @@ class Widths(Vectors):
                 self.keep_whole(node, self.code_reason("it is a constant that the forward makes"))
         elif source is not None and not node.users:
             self.keep_whole(node, self.reason("the traced forward does not use it"))
-        elif node in self.facts.varying and self.facts.unknown[node].any():
+        elif node in self.facts.varying and is_any(self.facts.unknown[node]):
             self._start_from(node)
         elif node not in self.facts.varying:
             self._start_beyond(node)
@@ -115,18 +116,16 @@ class Widths(Vectors):
         for user in users:
             read.view(-1)[self.facts.movement_map(user)[0].flatten()] = True
         for axis in range(read.dim()):
-            others = [a for a in range(read.dim()) if a != axis]
-            beyond = ~(read.any(others) if others else read)
+            beyond = ~project(read, axis)
             self.grow(node, axis, beyond, self.reason("the traced forward does not use it"))
 
     def _start_from(self, node: Node) -> None:
         """Keep what is neither constant nor unread."""
-        needed, why = self.facts.needed(node), torch.tensor(NEEDED)
-        sized = self.facts.sized.get(node)
-        if sized is not None and sized.any():
+        needed, sized = self.facts.needed(node), self.facts.sized.get(node)
+        if sized is not None and is_any(sized):
             said = self.says(node, "it is a constant that differs with the sizes of the inputs")
-            why = torch.where(sized, said, why)
-        self.grow_elements(node, needed, torch.where(needed, why, -1))
+            self.grow_elements(node, needed & sized, said)
+        self.grow_elements(node, needed, NEEDED)
 
     def _settle(self) -> None:
         """Apply every operation's demand until none changes anything; only then see where constants have to go."""
@@ -160,8 +159,7 @@ class Widths(Vectors):
         removed = ~self.keep[x][family.x_axis]
         if not removed.any():
             return
-        others = [a for a in range(len(shape_of(x))) if a != family.x_axis]
-        known = ~self.facts.unknown[x].any(others) if others else ~self.facts.unknown[x]
+        known = ~project(self.facts.unknown[x], family.x_axis)
         low, high = self.facts.extremes(x, family.x_axis)
         constants = self._contributes(family, node) & known & ((low != 0) | (high != 0))
         fold = constants & removed
@@ -185,13 +183,13 @@ class Widths(Vectors):
         if (box := self.facts.box(family)) is not None:
             return box[family.w_in] & (box[family.w_out] & rows).any()
         weight = self.facts.values[family.weight] != 0
-        weight = weight.flatten(2).any(2) if weight.dim() > 2 else weight
+        weight = any_of(weight, range(2, weight.dim()))
         if family.groups == 1:
-            return weight.movedim(family.w_out, 0)[rows].any(0)
+            return any_of(weight.movedim(family.w_out, 0)[rows], 0)
         w = weight.view(family.groups, -1, weight.shape[1])
         if family.w_out == 0:
-            return (w & rows.view(family.groups, -1, 1)).any(1).flatten()
-        return (w & rows.view(family.groups, 1, -1)).any(2).flatten()
+            return any_of(w & rows.view(family.groups, -1, 1), 1).flatten()
+        return any_of(w & rows.view(family.groups, 1, -1), 2).flatten()
 
     def _carry(self, family: Contraction, node: Node, values: Tensor, candidates: Tensor, constants: Tensor) -> None:
         """Let one kept constant channel stand for all removed ones; keep the largest if none is kept."""
