@@ -504,3 +504,61 @@ def test_what_an_activation_writes_in_place_does_not_stop_a_rewriting() -> None:
     assert exported.report.rewritten == [""]
     assert exported.model.start.weight.shape == (16, 6)
     assert torch.allclose(exported.model(x), gated(x), atol=1e-6)
+
+
+class Biased(Attention):
+    """Scores are given a bias for each head."""
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias) + (q @ k.transpose(-2, -1) + bias) @ v
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class SharesTable(nn.Module):
+    """Two layers share one table of distances, as T5 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 3)
+        self.layers = nn.ModuleList([Biased(), Biased()])
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1])
+        bias = self.table((at.view(-1, 1) - at).clamp(-4, 4) + 4).permute(2, 0, 1)
+        for layer in self.layers:
+            x = x + layer(x, bias)
+        return self.head(x)
+
+
+def test_heads_that_share_a_table_go_from_each_layer_by_themselves() -> None:
+    torch.manual_seed(0)
+    model = dg.gate(SharesTable(), "heads", example_inputs=torch.randn(2, 5, 12)).eval()
+    gates = [m for m in model.modules() if isinstance(m, dg.Gates)]
+    gammas = torch.cat([g.gamma for g in gates])
+    assert len(gammas) == 6
+    with torch.no_grad():
+        for i, g in enumerate(g for g in gates for _ in range(g.num_groups)):
+            g.gamma[i % g.num_groups] *= i not in (0, 1, 5)  # two of the first layer, one of the second
+    exported = dg.export(model, torch.randn(2, 5, 12), latency=False)
+    assert [m.out.in_features for m in exported.model.layers] == [4, 8]
+    assert exported.model.table.weight.shape == (9, 3)
+    assert_equal(model, exported.model)
+
+
+def test_what_hooks_hide_is_written_anew_too() -> None:
+    """nn.TransformerEncoderLayer reads the tensors of its attention itself, unless hooks watch it."""
+    torch.manual_seed(0)
+    model = nn.Transformer(8, 2, 1, 1, 8, batch_first=True).eval()
+    x = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
+    model = dg.gate(model, "heads", example_inputs=x)
+    with torch.no_grad():
+        for gates in (m for m in model.modules() if isinstance(m, dg.Gates)):
+            gates.gamma[::2] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.removed == 3 and not exported.report.kept
+    assert {"encoder.layers.0", "decoder.layers.0.multihead_attn"} <= set(exported.report.rewritten)
+    with torch.no_grad():
+        assert torch.allclose(model(*x), exported.model(*x), atol=1e-5)

@@ -112,6 +112,17 @@ def find_culprit(
     return None if failed is None else Culprit(_with_code(model, failed), len(calls), failed)
 
 
+def raised_in(model: nn.Module, error: BaseException) -> str | None:
+    """Return the innermost module in whose code an error, or what caused it, was raised; ``None`` if in none."""
+    paths = {id(m): n for n, m in model.named_modules()}
+    found: str | None = None
+    trace = (error.__cause__ or error).__traceback__
+    while trace is not None:
+        found = paths.get(id(trace.tb_frame.f_locals.get("self")), found)
+        trace = trace.tb_next
+    return found
+
+
 def first_difference(
     dense: nn.Module, small: nn.Module, trace: Trace, widths: Widths, inputs: tuple[Inputs, Inputs]
 ) -> str | None:

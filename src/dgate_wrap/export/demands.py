@@ -324,10 +324,12 @@ def _(family: Attention, node: Node, w: Vectors) -> None:
             for axis in range(len(w.keep[n])):
                 back = axis - len(w.keep[n])
                 other = (key, -2) if back == -1 else (out, back)
-                if w.keep[n][axis].numel() == w.keep[other[0]][other[1]].numel():
+                if w.keep[n][axis].numel() != w.keep[other[0]][other[1]].numel():
+                    w.keep_axis(n, axis, NEEDED)
+                elif back == -1:
                     w.link(n, axis, *other)
                 else:
-                    w.keep_axis(n, axis, NEEDED)
+                    w.link_operand(node, n, axis, *other)
 
 
 def _share_heads(w: Vectors, family: Attention, node: Node, out: Node) -> None:

@@ -29,9 +29,9 @@ from ..tracing.families import (
     Ranking,
     Recurrence,
 )
-from ..tracing.operations import shape_of
+from ..tracing.operations import is_tensor, shape_of
 from .constants import Constants
-from .masks import along, any_of, fit, full_mask, is_any, on_axis, taps
+from .masks import along, any_of, fit, full_mask, is_any, on_axis, project, taps
 
 
 class Facts(Constants):
@@ -48,6 +48,7 @@ class Facts(Constants):
     def __init__(self, trace: Trace, elsewhere: Sequence[Mapping[Node, Any]] = ()) -> None:
         super().__init__(trace, elsewhere)
         self.units: dict[Node, list[tuple[Tensor, Tensor]]] = {}
+        self._reached_lines: dict[tuple[Node, int], Tensor] = {}
         self.live: dict[Node, Any] = {n: full_mask(self.values.get(n), False) for n in self.nodes}
         for node in reversed(self.nodes):
             self._find_live(node)
@@ -55,6 +56,25 @@ class Facts(Constants):
     def needed(self, node: Node) -> Tensor:
         """Mark the elements of a tensor-valued node that are neither constant nor unread."""
         return self.live[node] & self.unknown[node]
+
+    def reached(self, node: Node, axis: int) -> Tensor:
+        """Mark the indices along an axis that reach an output, shape ``(size,)``."""
+        if (node, axis) not in self._reached_lines:
+            self._reached_lines[node, axis] = project(self.live[node], axis)
+        return self._reached_lines[node, axis]
+
+    def takes_part(self, node: Node, n: Node, axis: int, out: Node, out_axis: int) -> bool:
+        """Tell whether an operation needs part of an operand only, of which others need more.
+
+        As one table of positions serves the heads of every layer. Something else that it reads has to gain by it.
+        """
+        spare = self.reached(n, axis) & ~self.reached(out, out_axis)
+        if not spare.any() or not self.reached(out, out_axis).any():
+            return False
+        back = axis - len(shape_of(n))
+        beside = [m for m in node.all_input_nodes if m is not n and is_tensor(m) and len(shape_of(m)) >= -back]
+        alike = [m for m in beside if shape_of(m)[back] == len(spare)]
+        return any(bool((spare & ~self.reached(m, len(shape_of(m)) + back)).any()) for m in alike)
 
     def _find_live(self, node: Node) -> None:
         if node.op == "output":

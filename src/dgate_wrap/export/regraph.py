@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..tracing.capture import owner, owners, where
-from ..tracing.families import Contraction, Mixing, Pointwise
+from ..tracing.families import Attention, Contraction, Mixing, Pointwise
 from ..tracing.operations import op_name, shape_of
 from ..tracing.symbolic import Symbolic, is_open
 from .constants import rounding
@@ -284,7 +284,7 @@ class _Writing:
         layer = self._layer(node) if node in self.r.symbolic.twins else None
         if layer is not None:
             return layer
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self._get)
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: self._taken(n, node))
         args = [self._here(a) for a in cast("tuple[Any, ...]", args)]
         kwargs = {k: self._here(v) for k, v in cast("dict[str, Any]", kwargs).items()}
         if node not in self.r.symbolic.twins:
@@ -294,6 +294,25 @@ class _Writing:
         if made is None:
             made = self.graph.call_function(cast(Any, node.target), tuple(args), kwargs)
         return self._scattered(node, self._with_bias(node, made, args))
+
+    def _taken(self, n: Node, node: Node) -> Any:
+        """Return an operand, or of one that is shared what an operation takes of it."""
+        made = self._get(n)
+        twins = self.r.symbolic.twins
+        family = self.facts.families.get(twins[node]) if n in twins and node in twins else None
+        if isinstance(family, Pointwise):
+            last = 0
+        elif isinstance(family, Attention) and twins[n] not in (family.query, family.key, family.value):
+            last = 1  # along the keys, and not the channels of the result
+        else:
+            return made
+        out = self.facts.outputs(twins[node])[0]
+        here, wanted = (self.r.widths.keep[t] for t in (twins[n], out))
+        for axis in range(len(here) - last):
+            kept, takes = here[axis], wanted[axis - len(here)]
+            if len(kept) == len(takes) and not kept.equal(takes):
+                made = _take(self, made, axis, kept, takes.nonzero().flatten())
+        return made
 
     def _scattered(self, node: Node, made: Any) -> Any:
         """Spread what a contraction computes over all of its outputs."""

@@ -16,7 +16,7 @@ from ..tracing import Inputs
 from ..tracing.capture import owner
 from ..tracing.symbolic import Symbolic, capture_symbolic, is_open
 from .copies import share
-from .culprits import Call, Culprit, find_culprit, first_difference, record_calls, values_on
+from .culprits import Call, Culprit, find_culprit, first_difference, raised_in, record_calls, values_on
 from .dead import Branch, find_dead
 from .facts import Facts
 from .grafts import Grafts
@@ -285,13 +285,29 @@ class _Search:
                 continue
             try:
                 if culprit is None:
-                    return self._proven(draft, widths, frozen)
+                    return self._unwatched(draft, widths, frozen, grafts)
             except ExportError as e:
                 if not drafts:
                     raise e from failure
             if not drafts:
                 assert culprit is not None
                 return culprit, failure
+
+    def _unwatched(self, draft: Draft, widths: Widths, frozen: Frozen, grafts: Grafts | None) -> Found:
+        """Prove a network none of whose modules fails while hooks watch it.
+
+        Without hooks nn.TransformerEncoderLayer reads the tensors of its attention itself. Code that fails only so is
+        written anew too.
+        """
+        while True:
+            try:
+                return self._proven(draft, widths, frozen)
+            except ExportError as e:
+                path = None if id(e) not in self._failed else raised_in(self._failed[id(e)][2], e)
+                better = None if path is None or grafts is None else grafts.onto(draft, path)
+                if better is None:
+                    raise
+                draft = better
 
     def _grafts(self, widths: Widths, draft: Draft) -> Grafts | None:
         symbolic = self.subject.symbolic

@@ -159,6 +159,17 @@ class Vectors:
                 why = torch.where(why == NEEDED, meeting, why)
             self.grow(m, j, self.keep[k][i], why)
 
+    def link_operand(
+        self, node: Node, n: Node, axis: int, out: Node, out_axis: int, meeting: int | None = None
+    ) -> None:
+        """Link an axis of an operand with that of a result; a forward that is written anew may take part of it only."""
+        if self.facts.takes_part(node, n, axis, out, out_axis):
+            if self.allowed.rewrite and self.follows(node):
+                self.grow(n, axis, self.keep[out][out_axis], self.why[out][out_axis])
+                return
+            meeting = self.written_down(node, "it meets an operand of which others need more")
+        self.link(n, axis, out, out_axis, meeting)
+
     def link_blocks(self, a: Hashable, axis_a: int, b: Hashable, axis_b: int, blocks: int) -> None:
         """Keep in every block of one axis the same indices as on another."""
         kept, why = self.keep[a][axis_a].view(blocks, -1), self.why[a][axis_a].view(blocks, -1)
@@ -171,7 +182,7 @@ class Vectors:
         offset = len(shape) - len(shape_of(n))
         for axis, size in enumerate(shape_of(n)):
             if size == shape[axis + offset]:
-                self.link(n, axis, node, axis + offset, meeting)
+                self.link_operand(node, n, axis, node, axis + offset, meeting)
             else:
                 self.keep_axis(n, axis, NEEDED)
 
