@@ -263,3 +263,72 @@ def test_channels_that_are_averaged_go_if_the_average_still_counts_them() -> Non
     exported = dg.export(dg.gate(model, "neurons", include="head.*").eval(), TABLE, latency=False)
     assert exported.model.layer.weight.shape == (3, 4)
     assert exported.report.certificate.max_error["float64"] < 1e-12
+
+
+class Adapted(nn.Module):
+    """A layer whose low-rank update is made of parameters of its own, not of a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(4, 6)
+        self.down, self.up = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 0.5 * (x @ self.down.T @ self.up.T)
+
+
+def test_a_dead_branch_of_plain_parameters_is_gone_too() -> None:
+    model = nn.Sequential(Adapted(), nn.ReLU(), nn.Linear(6, 2))
+    randomize(model, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model[0].down.zero_()
+    exported = dg.export(dg.gate(model, "neurons", include="2.*").eval(), TABLE, latency=False)
+    assert sorted(n for n, _ in exported.model[0].named_parameters()) == ["base.bias", "base.weight"]
+    assert exported.report.rewritten == ["0"]
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_columns_of_a_bag_of_embeddings_go(mode: str) -> None:
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.head = nn.EmbeddingBag(9, 6, mode=mode), nn.Linear(6, 2)
+
+        def forward(self, words: Tensor, x: Tensor) -> Tensor:
+            return self.head(self.bag(words)) + x
+
+    model, inputs = Bag(), (torch.randint(9, (3, 4)), torch.randn(3, 2))
+    randomize(model, torch.Generator().manual_seed(1))
+    gated = dg.gate(model, "embedding_dims", example_inputs=inputs).eval()
+    with torch.no_grad():
+        for gates in (m for m in gated.modules() if isinstance(m, dg.Gates)):
+            gates.gamma[:4] = 0
+    assert dg.export(gated, inputs, latency=False).model.bag.weight.shape == (9, 2)
+    with torch.no_grad():
+        for gates in (m for m in gated.modules() if isinstance(m, dg.Gates)):
+            gates.gamma[:] = 0
+    small = dg.export(gated, inputs, latency=False).model
+    assert not list(small.bag.parameters())
+
+
+def test_inputs_of_a_normalized_weight_go_and_its_gain_makes_up_for_them(tmp_path: Path) -> None:
+    def fresh() -> nn.Module:
+        second = nn.utils.parametrizations.weight_norm(nn.Linear(8, 5))
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), second, nn.ReLU(), nn.Linear(5, 2))
+
+    model = fresh()
+    randomize(model, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model[0].weight[:5] = 0
+        model[0].bias[:5] = 0  # what only these reach is dead too
+        model[2].parametrizations.weight.original1[1, 5:] = 0
+    gated = dg.gate(model, "neurons", include="4.*").eval()
+    exported = dg.export(gated, TABLE, latency=False)
+    assert exported.model[2].weight.shape == (4, 3)
+    assert exported.report.certificate.max_error["float64"] < 1e-12
+    dg.save(exported, tmp_path)
+    loaded, whole = dg.load(tmp_path, fresh()).eval(), dg.expand(exported, fresh(), TABLE).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(TABLE), exported.model(TABLE))
+        assert torch.allclose(whole(TABLE), gated(TABLE), atol=1e-6)
+    assert whole[2].weight.shape == (5, 8)

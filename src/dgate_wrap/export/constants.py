@@ -226,8 +226,10 @@ class Constants:
     @_unknown.register
     def _(self, family: Lookup, node: Node) -> Any:
         found, value, table = self.unknown[family.indices], self.values[node], family.table
-        if not isinstance(value, Tensor):  # bags of rows, and what the operation notes beside them
-            return [full_mask(v, True) for v in value]
+        if not isinstance(value, Tensor):  # bags of rows, which may be empty, and what the operation notes beside them
+            bags, *notes = value
+            nonzero = project(~self.zero(table), 1)
+            return [nonzero.expand(bags.shape), *(full_mask(v, True) for v in notes)]
         if value.dim() <= found.dim():
             return full_mask(value, True)
         same = self.steady(table, 0).flatten()  # columns that are the same in every row

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import Node
 
-from ..tracing.capture import owners
+from ..tracing.capture import owner, owners
 from .facts import Facts
 
 
@@ -16,7 +16,7 @@ class Branch:
     """A dead branch.
 
     Args:
-        paths: Its modules, the outermost ones.
+        paths: Its modules, the outermost ones; none if it is made of parameters of the module in which it lies.
         meets: The innermost module around them in which their results meet something alive, such as the block of a
             residual sum; ``None`` if that is the whole model, or holds more layers that live.
     """
@@ -38,7 +38,7 @@ def find_dead(facts: Facts) -> list[Branch]:
     layers = _layers(facts)
     dead = [p for p, span in spans.items() if p and _is_dead(facts, span) and any(_within(n, p) for n in layers)]
     outermost = [p for p in dead if not any(_within(p, other) and p != other for other in dead)]
-    found: dict[str | None, list[str]] = {}
+    found: dict[str | None, list[str]] = {p: [] for p in _with_idle_parameters(facts, outermost)}
     for path in outermost:
         meets = _meeting(facts, path, spans[path])
         inside = [n for n in layers if _within(n, meets)]
@@ -46,6 +46,24 @@ def find_dead(facts: Facts) -> list[Branch]:
         found.setdefault(meets if meets and 2 * len(idle) >= len(inside) else None, []).append(path)
     alone = [Branch((p,), None) for p in found.pop(None, [])]
     return [*(Branch(tuple(paths), meets) for meets, paths in found.items()), *alone]
+
+
+def _with_idle_parameters(facts: Facts, dead: list[str]) -> set[str]:
+    """Return living modules, without the model itself, whose own code reads parameters for nothing that is needed."""
+    paths: set[str] = set()
+    for node, source in facts.trace.sources.items():
+        readers = _readers(facts, node) if source.kind == "parameter" else set()
+        if readers and all(_idle(facts, n) for n in readers):
+            paths |= {owner(n) or "" for n in readers}
+    return {p for p in paths if p and not any(_within(p, d) for d in dead)}
+
+
+def _readers(facts: Facts, node: Node) -> set[Node]:
+    """Return what computes with the inputs and reads a parameter, or what is made of it alone."""
+    found = set(node.users)
+    while fixed := {n for n in found if n not in facts.varying}:
+        found = (found - fixed) | {u for n in fixed for u in n.users}
+    return found
 
 
 def _within(path: str, around: str) -> bool:

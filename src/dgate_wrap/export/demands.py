@@ -37,7 +37,7 @@ from ..tracing.families import (
 )
 from ..tracing.operations import is_tensor, op_name, shape_of
 from .facts import Facts
-from .masks import project
+from .masks import on_axis, others, project
 from .vectors import NEEDED, Columns, Units, Vectors
 
 
@@ -181,7 +181,15 @@ def _(family: Indexing, node: Node, w: Vectors) -> None:
         return
     for n in family.indices:
         w.keep_whole(n, NEEDED)
-    said = w.says(node, "it may be picked by an index")
+    order, said = w.facts.order(family), w.says(node, "it may be picked by an index")
+    if order is not None and w.allowed.rewrite and w.follows(node):
+        for axis in range(len(w.keep[node])):
+            if axis not in family.axes:
+                w.link(family.x, axis, node, axis)
+        _move(w, node, places, [node])
+        return
+    if order is not None:
+        said = w.written_down(node, "it may be picked by an index")
     for n in (*places, *([node] if family.same_axes else [])):
         for axis in family.axes if n is not family.source or family.adds else ():
             w.keep_axis(n, axis, said)
@@ -231,15 +239,32 @@ def _(family: Halves, node: Node, w: Vectors) -> None:
 
 @demand.register
 def _(family: NormedWeight, node: Node, w: Vectors) -> None:
+    said = w.says(node, "the weight is normalized over it")
     for axis in range(len(w.keep[node])):
-        if axis != family.axis:
-            w.keep_axis(family.v, axis, w.says(node, "the weight is normalized over it"))
+        if axis != family.axis and not w.allowed.can_rescale(node):
+            w.grow(family.v, axis, project(w.facts.values[family.v] != 0, axis), said)
         w.link(family.v, axis, node, axis)
+    if w.allowed.can_rescale(node) and all(bool(k.any()) for k in w.keep[node]):
+        before, after = norms(w, family)
+        v = w.facts.values[family.v].abs()
+        for i in ((before > 0) & (after == 0) & w.keep[node][family.axis]).nonzero().flatten().tolist():
+            largest = torch.zeros_like(v, dtype=torch.bool)  # without a direction there is nothing to scale
+            largest.select(family.axis, i).view(-1)[int(v.select(family.axis, i).flatten().argmax())] = True
+            w.grow_elements(family.v, largest, said)
     for axis, size in enumerate(shape_of(family.g)):
         if size == shape_of(family.v)[family.axis] and (size > 1 or axis == family.axis):
             w.link(family.g, axis, family.v, family.axis)
         else:
             w.keep_axis(family.g, axis, NEEDED)
+
+
+def norms(w: Vectors, family: NormedWeight) -> tuple[Tensor, Tensor]:
+    """Return ``‖v‖`` per index along the axis of its gain, of all its elements and of those that stay."""
+    v, rest = w.facts.values[family.v], others(len(w.keep[family.v]), family.axis)
+    kept = v
+    for axis in rest:
+        kept = kept * on_axis(w.keep[family.v][axis], axis, v.dim())
+    return tuple(t.double().square().sum(rest).sqrt() for t in (v, kept))
 
 
 @demand.register

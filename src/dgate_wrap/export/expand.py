@@ -6,12 +6,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import ExportError
 from ..tracing import normalize_inputs
 from ..tracing.capture import all_tensors
 from .api import Exported
 from .files import misfits
+from .masks import on_axis, project
 from .plan import Cut, Plan
 from .scatter import filled_name
 from .selection import reduced
@@ -32,6 +36,8 @@ def expand(
     - An RMSNorm over k of n features had its weight multiplied by ``√(n/k)``, for which the zeros make up again:
       it is divided by that, and has its own epsilon.
     - A layer that computes some of its outputs only has zero weights for the others, and what they hold as biases.
+    - What is left of a normalized weight keeps its gain, since zeros add nothing to a norm; a direction of which
+      nothing is left is made of ones, with a gain of zero.
     - Dead branches that were left out get the weights that they had when they were cut out, and so the constants that
       they gave.
     - Rewritten modules have the code of their class again. Inputs are not selected: what is not needed meets zeros.
@@ -76,12 +82,15 @@ def expand(
             layer.bias = nn.Parameter(layer.weight.new_zeros(_outputs(layer)))
         held = dict(all_tensors(small))
         names: dict[int, list[str]] = {}
+        directions = _directions(model)
         for name, tensor in all_tensors(model):
             names.setdefault(id(tensor), []).append(name)
         found = dict(all_tensors(model))
         for first, *others in names.values():
             known = next((held[n] for n in (first, *others) if n in held), None)
             value = exported.dropped[first] if known is None else _expanded(first, known, plan)
+            if first in directions:
+                value = _with_directions(value, directions[first])
             home = known if known is not None else next(iter(held.values()), value)
             value = value.to(home) if value.is_floating_point() and home.is_floating_point() else value.to(home.device)
             _put(model, found[first], [first, *others], value)
@@ -109,6 +118,25 @@ def _expanded(name: str, value: Tensor, plan: Plan) -> Tensor:
     if cut is None:
         return value.clone()
     return _scattered(cut, value, torch.ones if name.endswith("running_var") else torch.zeros)
+
+
+def _directions(model: nn.Module) -> dict[str, int]:
+    """Return the directions of normalized weights ``g v / ‖v‖``, with the axis along which each has its norm."""
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], _WeightNorm):
+            found[f"{prefix}original1"] = cast(Any, module[0]).dim
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):
+                found[f"{prefix}{hook.name}_v"] = hook.dim
+    return {n: axis for n, axis in found.items() if axis >= 0}
+
+
+def _with_directions(v: Tensor, axis: int) -> Tensor:
+    """Give a direction of some length, with ones, to what has none left: ``0 / 0`` is not zero."""
+    without = on_axis(~project(v != 0, axis), axis, v.dim())
+    return torch.where(without, torch.ones_like(v), v)
 
 
 def _scattered(cut: Cut, value: Tensor, fill: Any) -> Tensor:

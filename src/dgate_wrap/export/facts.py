@@ -63,6 +63,16 @@ class Facts(Constants):
             self._reached_lines[node, axis] = project(self.live[node], axis)
         return self._reached_lines[node, axis]
 
+    def order(self, family: Indexing) -> Tensor | None:
+        """Return which index along an axis each index of the result is, where a constant vector says so."""
+        if family.source is not None or family.adds or not family.same_axes or len(family.indices) != 1:
+            return None
+        [index], [axis] = family.indices, family.axes
+        picked = self.values[index]
+        if index in self.varying or picked.dim() != 1 or picked.dtype == torch.bool:
+            return None
+        return picked % shape_of(family.x)[axis]
+
     def takes_part(self, node: Node, n: Node, axis: int, out: Node, out_axis: int) -> bool:
         """Tell whether an operation needs part of an operand only, of which others need more.
 

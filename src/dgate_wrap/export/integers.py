@@ -9,7 +9,7 @@ from itertools import combinations, islice, product
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..tracing.capture import owner
+from ..tracing.capture import owner, owners
 from .widths import Widths
 
 Patch = dict[str, dict[str, int]]
@@ -32,12 +32,15 @@ class Integers:
     def __init__(self, model: nn.Module, widths: Widths) -> None:
         self._modules = dict(model.named_modules())
         self.sizes: dict[str, dict[int, set[int]]] = {}
-        """Per module whose own code makes or reads something that is cut: old and new sizes."""
+        """Per module whose own code makes or reads something that is cut, or that is given it: old and new sizes."""
         for node in widths.facts.nodes:
             path = owner(node)
             if node.op == "call_function" and path is not None:
                 for n in (node, *node.all_input_nodes):
                     self._note(path, n, widths)
+                for n in (n for n in node.all_input_nodes if n in widths.facts.varying):
+                    for around in set(owners(node).values()) - set(owners(n).values()):
+                        self._note(around, n, widths)
 
     def _note(self, path: str, node: Node, widths: Widths) -> None:
         for kept in widths.keep.get(node, []):

@@ -14,7 +14,8 @@ from torch.fx import Node
 
 from ..tracing import Trace
 from ..tracing.capture import owner
-from ..tracing.families import Contraction, Mixing
+from ..tracing.families import Contraction, Mixing, NormedWeight
+from .demands import norms
 from .recipes import Recipe, Rewritten
 from .scatter import Scatter, filled_name, find_scatters
 from .selection import SelectInputs
@@ -295,8 +296,10 @@ class Permissions:
         return found
 
     def can_rescale(self, node: Node) -> bool:
-        """Tell whether the weight and the epsilon of a normalization may be changed: those of a layer called once."""
+        """Tell whether what a normalization multiplies by may be changed: that of a layer or a weight used once."""
         family, path = self._families[node], owner(node)
+        if isinstance(family, NormedWeight):
+            return family.axis >= 0 and self._free_parameter(family.g) and self._free_parameter(family.v)
         stock = path is not None and type(self._modules.get(path)) is nn.RMSNorm
         return stock and isinstance(family, Mixing) and any(self._free_parameter(n) for n, _, _ in family.parameters)
 
@@ -334,6 +337,7 @@ def make_plan(
         s.name: s.value for s in facts.trace.sources.values() if s.kind in ("parameter", "buffer")
     }
     changed, new_biases = _fold(widths, permissions, state)
+    changed |= _renormalize(widths, state)
     cuts = _find_cuts(widths)
     for node, family in facts.families.items():
         if isinstance(family, Contraction) and family.bias is None:
@@ -382,6 +386,20 @@ def _find_attributes(widths: Widths, permissions: Permissions) -> dict[str, dict
         if any(n in names for n in values):
             found[path] = {n: v for n, v in values.items() if n in names}
     return found
+
+
+def _renormalize(widths: Widths, state: dict[str, Tensor]) -> set[str]:
+    """Let the gains of normalized weights make up for a shorter ``v``: ``g ‖v_kept‖ / ‖v‖``; return which changed."""
+    changed: set[str] = set()
+    for family in (f for f in widths.facts.families.values() if isinstance(f, NormedWeight)):
+        before, after = norms(widths, family)
+        if torch.equal(before, after):
+            continue
+        g = widths.facts.trace.sources[family.g].name
+        share = torch.where(before > 0, after / before.clamp_min(torch.finfo(before.dtype).tiny), 1.0)
+        state[g] = state[g] * share.to(state[g].dtype).view(state[g].shape)
+        changed.add(g)
+    return changed
 
 
 def _rescale(

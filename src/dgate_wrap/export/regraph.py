@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..tracing.capture import owner, owners, where
-from ..tracing.families import Attention, Contraction, Mixing, Pointwise
+from ..tracing.families import Attention, Contraction, Indexing, Mixing, Pointwise
 from ..tracing.operations import op_name, shape_of
 from ..tracing.symbolic import Symbolic, is_open
 from .constants import rounding
@@ -254,7 +254,7 @@ class _Writing:
             held = tensor.meta.get("val")
             if isinstance(held, Tensor) and isinstance(self.made.get(tensor), Node):
                 for axis, n in enumerate(cast("list[Any]", list(held.shape))):
-                    if is_open(n) and n.node.expr == expression:
+                    if is_open(n) and _same_number(n.node.expr, expression):
                         size = torch.ops.aten.sym_size.int
                         return self.graph.call_function(size, (self.made[tensor], axis))
         return self._computed(value)
@@ -411,6 +411,18 @@ class _Writing:
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
+def _same_number(a: Any, b: Any) -> bool:
+    """Tell whether two sizes are the same, whatever the open sizes are: ``(s * t + t - 1) // t`` is ``s``."""
+    if a == b:
+        return True
+    names = sorted(a.free_symbols | b.free_symbols, key=str)
+    draws = [dict(zip(names, itertools.islice(itertools.cycle(_PRIMES), i, None), strict=False)) for i in range(9)]
+    return bool(names) and a.free_symbols <= b.free_symbols and all(a.subs(d) == b.subs(d) for d in draws)
+
+
+_PRIMES = (2, 7, 3, 19, 5, 31, 11, 17, 13)
+
+
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and [str(n) for n in a.shape] == [str(n) for n in b.shape]
 
@@ -485,6 +497,21 @@ def _slice(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> 
         raise UnwritableError(f"a slice of open size meets a cut ({where(node)})")
     start, end, step = given
     return _take(w, args[0], axis, kept, torch.arange(len(kept))[slice(start, end)][:: cast(int, step)])
+
+
+def _pick_in_order(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """Pick by a constant vector, renumbered."""
+    family = w.facts.families[w.r.twin(node)]
+    order = w.facts.order(family) if isinstance(family, Indexing) else None
+    if order is None or not isinstance(family, Indexing):
+        return None
+    x, [axis] = cast(Node, node.args[0]), family.axes
+    kept, wanted = w.r.kept(x, axis), w.r.kept(node, axis)
+    if kept.all() and wanted.all():
+        return None
+    if is_open(x.meta["val"].shape[axis]):
+        raise UnwritableError(f"an index meets a cut along an axis of open size ({where(node)})")
+    return _take(w, args[0], axis, kept, order[wanted])
 
 
 def _take(w: _Writing, x: Any, axis: int, kept: Tensor, indices: Tensor) -> Any:
@@ -604,6 +631,7 @@ _RULES: dict[str, Callable[[_Writing, Node, list[Any], dict[str, Any]], Any]] = 
     "getitem": _pick,
     "slice": _slice,
     "select": _select,
+    **dict.fromkeys(("index", "index_select"), _pick_in_order),
     "roll": _roll,
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     "squeeze": _squeeze,

@@ -14,6 +14,7 @@ from torch.fx import Node
 from ..errors import ExportError, TraceError
 from ..tracing import Inputs
 from ..tracing.capture import owner
+from ..tracing.families import NormedWeight
 from ..tracing.symbolic import Symbolic, capture_symbolic, is_open
 from .copies import share
 from .culprits import Call, Culprit, find_culprit, first_difference, raised_in, record_calls, values_on
@@ -134,6 +135,7 @@ class _Search:
         self._set(subject)
         self._arguments = frozenset(places(dense, subject.inputs))
         self._select_inputs = select_inputs
+        self._whole_inputs = False
 
     def _set(self, subject: Subject) -> None:
         self.subject = subject
@@ -175,6 +177,8 @@ class _Search:
         source = subject.facts.trace.sources[node]
         if source.name not in self._arguments or not source.value.is_floating_point():
             return False
+        if self._whole_inputs:
+            return False
         if subject.symbolic is None:  # sizes that vary are told from others only if something can be gained
             return axis > 0 and not self._tried_to_open
         [twin] = [n for n, twin in subject.symbolic.twins.items() if twin is node]
@@ -199,7 +203,8 @@ class _Search:
         """Tell whether a tensor may hold more than what stays of one: a folded constant, or a rescaled norm."""
         owners = [self.dense.get_submodule(n.rpartition(".")[0]) for n in draft.tensors]
         new = any(n not in draft.plan.cuts for n in draft.tensors)
-        return new or bool(widths.folds) or any(isinstance(m, nn.RMSNorm) for m in owners)
+        scaled = any(isinstance(f, NormedWeight) for f in widths.facts.families.values())
+        return new or scaled or bool(widths.folds) or any(isinstance(m, nn.RMSNorm) for m in owners)
 
     def named(self, failure: ExportError) -> ExportError:
         """Return an error that names the first module that differs."""
@@ -232,16 +237,14 @@ class _Search:
             except ExportError as e:
                 if self._learns():
                     continue
-                path = self._differing(e) if id(e) in self._failed else None
-                colder = None if path is None else self._colder(frozen, path)
-                if colder is None:
-                    raise
-                frozen = colder
-                continue
-            if isinstance(found, Found):
-                return found
-            culprit, failure = found
-            colder = self._colder(frozen, culprit.path)
+                path, failure = self._differing(e) if id(e) in self._failed else None, e
+            else:
+                if isinstance(found, Found):
+                    return found
+                path, failure = found[0].path, found[1]
+            colder = None if path is None else self._colder(frozen, path)
+            if colder is None and plain.plan.inputs:  # code that asks for whole inputs
+                self._whole_inputs, colder = True, Frozen()
             if colder is None:
                 raise failure
             frozen = colder

@@ -59,7 +59,7 @@ class Allowed:
         can_bias: Whether the bias of a contraction may be changed, or made.
         can_carry: Whether the weight of a contraction may be changed.
         can_regroup: Whether a contraction's number of groups may be changed.
-        can_rescale: Whether the weight and the epsilon of a normalization may be changed.
+        can_rescale: Whether what a normalization multiplies by, and its epsilon, may be changed.
         can_select: Whether an input of the model may be cut along an axis.
         scattered: Contractions that compute only the outputs that some weight leads to, and scatter them.
         rewrite: Whether forwards may be written anew, in which lengths, numbers of groups and scales become others.
