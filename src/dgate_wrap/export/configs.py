@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import heapq
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, TypeAlias, cast
@@ -47,12 +48,23 @@ def express(dense: nn.Module, small: nn.Module, inputs: Sequence[Inputs]) -> dic
     before, after = _shapes(dense), _shapes(small)
     if not callable(getattr(config, "to_dict", None)) or before == after:
         return {}
-    if type(small) is not type(dense) or set(before) != set(after) or _built(dense, config, {}) != before:
+    if type(small) is not type(dense) or set(before) != set(after) or _uneven(config, before, after):
+        return None
+    if _built(dense, config, {}) != before:
         return None
     for changes in _fitting(dense, config, before, after):
         if _builds_the_same(small, config, changes, inputs) and _changed(small, config, changes, inputs):
             return {".".join(map(str, field)): value for field, value in changes.items()}
     return None
+
+
+def _uneven(config: Any, before: Shapes, after: Shapes) -> bool:
+    """Tell whether layers that were alike have other sizes now, which a configuration without lists cannot express."""
+    if any(isinstance(field[-1], int) for field, _ in _numbers(config)):
+        return False
+    sizes: dict[Any, tuple[int, ...]] = {}
+    alike = (((re.sub(r"\d+", "*", n), shape), after[n]) for n, shape in before.items())
+    return any(sizes.setdefault(layer, new) != new for layer, new in alike)
 
 
 def _shapes(model: nn.Module) -> Shapes:

@@ -417,7 +417,9 @@ def _same_number(a: Any, b: Any) -> bool:
         return True
     names = sorted(a.free_symbols | b.free_symbols, key=str)
     draws = [dict(zip(names, itertools.islice(itertools.cycle(_PRIMES), i, None), strict=False)) for i in range(9)]
-    return bool(names) and a.free_symbols <= b.free_symbols and all(a.subs(d) == b.subs(d) for d in draws)
+    with contextlib.suppress(ZeroDivisionError):  # sizes that a model cannot have
+        return bool(names) and a.free_symbols <= b.free_symbols and all(a.subs(d) == b.subs(d) for d in draws)
+    return False
 
 
 _PRIMES = (2, 7, 3, 19, 5, 31, 11, 17, 13)
