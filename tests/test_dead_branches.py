@@ -332,3 +332,40 @@ def test_inputs_of_a_normalized_weight_go_and_its_gain_makes_up_for_them(tmp_pat
         assert torch.equal(loaded(TABLE), exported.model(TABLE))
         assert torch.allclose(whole(TABLE), gated(TABLE), atol=1e-6)
     assert whole[2].weight.shape == (5, 8)
+
+
+class Pooled(nn.Module):
+    """Attends to a pooled picture, of which it is told height and width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.out = nn.Conv2d(4, 4, 2, 2), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        keys = self.pool(x.transpose(1, 2).reshape(len(x), -1, height, width)).flatten(2)
+        return self.out(((x @ keys).softmax(-1) @ keys.transpose(1, 2)))
+
+
+class Pictures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Conv2d(3, 4, 2, 2), Pooled(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        flat = x.flatten(2).transpose(1, 2)
+        return self.head((flat + self.mix(flat, x.shape[2], x.shape[3])).mean(1))
+
+
+def test_a_dead_branch_may_be_told_sizes() -> None:
+    model, x = Pictures(), torch.randn(2, 3, 8, 8)
+    randomize(model, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.mix.out.weight.zero_()
+    gated = dg.gate(model, "neurons", include="head.*").eval()
+    exported = dg.export(gated, x, latency=False)
+    assert not list(exported.model.mix.parameters())
+    with torch.no_grad():
+        for size in ((8, 8), (4, 12)):
+            x = torch.randn(1, 3, *size)
+            assert torch.allclose(gated(x), exported.model(x), atol=1e-6)

@@ -201,15 +201,21 @@ class Constants:
         mixed = self.mixed(family, unknown)
         if family.keeps_zero and family.kind == "norm":
             mixed = mixed & ~self.zero(family.x)
+        scaled = mixed
         if family.scale is not None:
-            shape = [-1 if a == 1 else 1 for a in range(mixed.dim())]
-            mixed = mixed & (self.values[family.scale] != 0).view(shape)
+            along_x = {x_axis for n, _, x_axis in family.parameters if n is family.scale}
+            shape = [n if a in along_x else 1 for a, n in enumerate(shape_of(family.x))]
+            scaled = mixed & (self.values[family.scale] != 0).view(shape)
         gone = [a for a, b in enumerate(family.out_axis) if b is None]
-        shape = [n for a, n in enumerate(mixed.shape) if a not in gone]
+        shape = [n for a, n in enumerate(scaled.shape) if a not in gone]
         results = self.values[node]
         if isinstance(results, Tensor):
-            return mixed.reshape(shape).expand(results.shape).clone()
-        return [mixed.expand(r.shape).clone() if _same_axes(r, mixed) else full_mask(r, True) for r in results]
+            return scaled.reshape(shape).expand(results.shape).clone()
+        masks = [scaled, *[mixed] * (len(results) - 1)]
+        return [
+            m.expand(r.shape).clone() if _same_axes(r, m) else full_mask(r, True)
+            for r, m in zip(results, masks, strict=True)
+        ]
 
     @staticmethod
     def mixed(family: Mixing, mask: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,11 +23,19 @@ from .widths import Widths
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its path, its arguments by name, and its result, as they were before later code wrote."""
+    """One call of a module.
+
+    Args:
+        path: The module.
+        arguments: Its arguments by name, and its result, as they were before later code wrote to them.
+        result: Its result.
+        sized: Which leaves of its arguments are whole numbers that follow from the sizes of the model's inputs.
+    """
 
     path: str
     arguments: dict[str, Any]
     result: Any
+    sized: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -73,12 +81,31 @@ def _copied(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.clone, tree)
 
 
-def record_calls(model: nn.Module, inputs: Inputs) -> list[Call]:
-    """Run a model in eval mode and return every call of its modules."""
+def record_calls(model: nn.Module, inputs: Inputs, elsewhere: Iterable[Inputs] = ()) -> list[Call]:
+    """Run a model in eval mode and return every call of its modules.
+
+    Args:
+        model: The model.
+        inputs: What it is run on.
+        elsewhere: Inputs of other sizes. Numbers that are others there follow from the sizes.
+    """
     calls: list[Call] = []
     with evaluating(model), torch.no_grad(), watching(model, calls, []):
         model(*inputs.args, **inputs.kwargs)
+    numbers = [_numbers(c) for c in calls]
+    for other in elsewhere if any(numbers) else ():
+        there = record_calls(model, other)
+        if [c.path for c in there] == [c.path for c in calls]:
+            for i, call in enumerate(there):
+                found = _numbers(call)
+                sized = {at for at, n in numbers[i].items() if found.get(at, n) != n}
+                calls[i] = replace(calls[i], sized=calls[i].sized | sized)
     return calls
+
+
+def _numbers(call: Call) -> dict[int, int]:
+    """Return the whole numbers among the leaves of a call's arguments, by their places."""
+    return {at: x for at, x in enumerate(pytree.tree_leaves(call.arguments)) if type(x) is int}
 
 
 def find_culprit(

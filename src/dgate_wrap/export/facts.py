@@ -148,7 +148,7 @@ class Facts(Constants):
             live = first
         for axis in sorted(a for a, b in enumerate(family.out_axis) if b is None):
             live = live.unsqueeze(axis)
-        if family.kind == "norm" and family.scale is None and family.keeps_zero:
+        if family.kind == "norm" and family.averages:
             live = live & ~self.zero(family.x)
         self._mark(family.x, self.mixed(family, live).expand(shape_of(family.x)))
 

@@ -16,7 +16,7 @@ from ..tracing.symbolic import Symbolic
 from .culprits import Call, same_value
 from .dead import Branch
 from .plan import Draft, Permissions, Plan
-from .recipes import Recipe, UndescribableError, describe_graph, describe_tree
+from .recipes import ANY_NUMBER, Recipe, UndescribableError, describe_graph, describe_tree
 from .regraph import Layer, Part, Rewriter, UnwritableError
 from .widths import Widths
 
@@ -129,7 +129,9 @@ class Grafts:
     def _write(self, path: str, call: Call, nodes: list[Node]) -> tuple[Recipe, dict[str, Tensor]]:
         inside = set(nodes)
         given: list[Tensor] = []
-        takes = {"dict": {n: describe_tree(v, given) for n, v in call.arguments.items()}}
+        leaves, form = pytree.tree_flatten(call.arguments)
+        arguments = pytree.tree_unflatten([ANY_NUMBER if i in call.sized else x for i, x in enumerate(leaves)], form)
+        takes = {"dict": {n: describe_tree(v, given) for n, v in arguments.items()}}
         read = {n for node in nodes for n in node.all_input_nodes if n not in inside}
         inputs = [self._given(x, read) for x in given]
         candidates = [*reversed(nodes), *(n for same in inputs for n in same)]

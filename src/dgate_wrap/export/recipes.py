@@ -36,6 +36,10 @@ _PROPERTIES = ("device", "dtype")
 _FORBIDDEN = frozenset({"from_file", "_assert_async"})
 
 
+ANY_NUMBER = object()
+"""Stands for a whole number that follows from the sizes of the inputs."""
+
+
 class UndescribableError(Exception):
     """A value that a recipe cannot hold; the message says which."""
 
@@ -52,6 +56,8 @@ def describe_tree(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors.append(value)
         return {"tensor": len(tensors) - 1}
+    if value is ANY_NUMBER:
+        return {"number": None}
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) in (list, tuple):
@@ -69,6 +75,8 @@ def match_tree(tree: Any, value: Any, found: dict[int, Tensor]) -> bool:
     if kind == "tensor":
         found[inner] = value
         return isinstance(value, Tensor)
+    if kind == "number":
+        return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
     if kind == "dict":
         return (
             isinstance(value, dict)

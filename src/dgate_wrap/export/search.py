@@ -153,7 +153,8 @@ class _Search:
     def calls(self) -> list[Call]:
         """Every call of the dense model's modules."""
         if self._calls is None:
-            self._calls = record_calls(self.subject.model, self.subject.inputs)
+            probes = (in_precision(self.subject, x) for x in self.verifier.inputs[1:])
+            self._calls = record_calls(self.subject.model, self.subject.inputs, probes)
         return self._calls
 
     def _widths(self, frozen: Frozen, *, rewrite: bool) -> Widths:

@@ -38,7 +38,7 @@ def _layer_norm(node: Node, varying: frozenset[Node]) -> Family | None:
         return None
     mixed = range(ndim - len(sizes), ndim)
     links = [(v, a - mixed.start, a) for v in vectors if v is not None for a in mixed]
-    return _norm(node, x, frozenset(mixed), links, None)
+    return _norm(node, x, frozenset(mixed), links, vectors[0])
 
 
 def _rms_norm(node: Node, varying: frozenset[Node]) -> Family | None:
@@ -49,7 +49,7 @@ def _rms_norm(node: Node, varying: frozenset[Node]) -> Family | None:
         return None
     mixed = range(ndim - len(sizes), ndim)
     links = [(weight, a - mixed.start, a) for a in mixed] if weight is not None else []
-    return Mixing("norm", x, frozenset(mixed), tuple(range(ndim)), tuple(links), None, keeps_zero=True, averages=True)
+    return Mixing("norm", x, frozenset(mixed), tuple(range(ndim)), tuple(links), weight, keeps_zero=True, averages=True)
 
 
 def _group_norm(node: Node, varying: frozenset[Node]) -> Family | None:
@@ -60,7 +60,7 @@ def _group_norm(node: Node, varying: frozenset[Node]) -> Family | None:
     links = tuple((v, 0, 1) for v in vectors if v is not None)
     ndim = len(shape_of(x))
     groups = cast(int, node.args[1])
-    return Mixing("norm", x, frozenset(range(1, ndim)), tuple(range(ndim)), links, groups=groups)
+    return Mixing("norm", x, frozenset(range(1, ndim)), tuple(range(ndim)), links, vectors[0], groups=groups)
 
 
 def _instance_norm(node: Node, varying: frozenset[Node]) -> Family | None:
