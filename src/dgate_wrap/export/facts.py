@@ -74,10 +74,13 @@ class Facts(Constants):
         return picked % shape_of(family.x)[axis]
 
     def takes_part(self, node: Node, n: Node, axis: int, out: Node, out_axis: int) -> bool:
-        """Tell whether an operation needs part of an operand only, of which others need more.
+        """Tell whether an operation needs part of a smaller operand only, of which others need more.
 
-        As one table of positions serves the heads of every layer. Something else that it reads has to gain by it.
+        As one table of positions serves the heads of every layer; to take part of a sum of whole activations would cost
+        a copy of them. Something else that the operation reads has to gain by it.
         """
+        if n in self.varying and torch.Size(shape_of(n)).numel() >= torch.Size(shape_of(out)).numel():
+            return False
         spare = self.reached(n, axis) & ~self.reached(out, out_axis)
         if not spare.any() or not self.reached(out, out_axis).any():
             return False
