@@ -369,3 +369,31 @@ def test_a_dead_branch_may_be_told_sizes() -> None:
         for size in ((8, 8), (4, 12)):
             x = torch.randn(1, 3, *size)
             assert torch.allclose(gated(x), exported.model(x), atol=1e-6)
+
+
+def test_a_dead_branch_that_strides_gives_its_constant_in_every_size() -> None:
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.conv, self.pool, self.head = (
+                nn.Conv2d(3, 4, 3),
+                nn.Conv2d(4, 4, 3, stride=2, padding=1),
+                nn.MaxPool2d(3, 2, 1),
+                nn.Linear(4, 2),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.head((self.conv(x) + self.pool(x)).mean((2, 3)))
+
+    model, x = Strided(), torch.randn(2, 3, 9, 9)
+    randomize(model, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.conv.weight.zero_()
+    gated = dg.gate(model, "neurons", include="head.*").eval()
+    exported = dg.export(gated, x, latency=False)
+    assert not list(exported.model.conv.parameters())
+    with torch.no_grad():
+        for size in ((9, 9), (8, 13)):
+            x = torch.randn(1, 3, *size)
+            assert torch.allclose(gated(x), exported.model(x), atol=1e-6)

@@ -7,6 +7,7 @@ axis are kept comes from its twin with the sizes of the example. What is constan
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Mapping
@@ -249,25 +250,46 @@ class _Writing:
         """Return a node for a size that is open."""
         if not is_open(value):
             return int(value)
-        expression = value.node.expr
-        for tensor in self.made:
-            held = tensor.meta.get("val")
-            if isinstance(held, Tensor) and isinstance(self.made.get(tensor), Node):
-                for axis, n in enumerate(cast("list[Any]", list(held.shape))):
-                    if is_open(n) and _same_number(n.node.expr, expression):
-                        size = torch.ops.aten.sym_size.int
-                        return self.graph.call_function(size, (self.made[tensor], axis))
-        return self._computed(value)
+        return self._size(value.node.expr)
 
-    def _computed(self, value: Any) -> Any:
-        """Return a node for a size that is computed from others, as the graph computes it."""
+    def _size(self, expression: Any) -> Any:
+        """Return a node for a size: that of an axis, or such a size and a number more or less, or times as large."""
+        if expression.is_number:
+            return int(expression)
+        axes = [
+            (tensor, axis, n.node.expr)
+            for tensor in self.made
+            if isinstance(held := tensor.meta.get("val"), Tensor) and isinstance(self.made[tensor], Node)
+            for axis, n in enumerate(cast("list[Any]", list(held.shape)))
+            if is_open(n)
+        ]
+
+        def size(tensor: Node, axis: int) -> Any:
+            return self.graph.call_function(torch.ops.aten.sym_size.int, (self.made[tensor], axis))
+
+        for tensor, axis, found in axes:
+            if _same_number(found, expression):
+                return size(tensor, axis)
+        for tensor, axis, found in axes:
+            if (more := found - expression).is_number:
+                return self.graph.call_function(operator.sub, (size(tensor, axis), int(more)))
+            if (times := found / expression).is_Integer:
+                return self.graph.call_function(operator.floordiv, (size(tensor, axis), int(times)))
+        return self._computed(expression)
+
+    def _computed(self, expression: Any) -> Any:
+        """Return a node for a size that is computed from others: as the graph computes it, or by its formula."""
         for node in self.r.symbolic.graph.nodes:
             held = node.meta.get("val")
-            same = isinstance(held, torch.SymInt) and held.node.expr == value.node.expr
+            same = isinstance(held, torch.SymInt) and held.node.expr == expression
             if node.op == "call_function" and same and op_name(node) != "sym_size":
                 args = [self._number(a.meta["val"]) if isinstance(a, Node) else a for a in node.args]
                 return self.graph.call_function(node.target, tuple(args), dict(node.kwargs))
-        raise UnwritableError(f"the size {value} cannot be told from its inputs")
+        function = _FORMULAS.get(type(expression).__name__)
+        if function is None or not expression.args:
+            raise UnwritableError(f"the size {expression} cannot be told from its inputs")
+        parts = [self._size(part) for part in expression.args]
+        return functools.reduce(lambda a, b: self.graph.call_function(function, (a, b)), parts)
 
     # one node
 
@@ -409,6 +431,17 @@ class _Writing:
 
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+_FORMULAS: dict[str, Callable[..., Any]] = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+}
+"""How the size of an axis is computed, by the kind of its formula."""
 
 
 def _same_number(a: Any, b: Any) -> bool:
