@@ -590,3 +590,52 @@ def test_a_vector_of_indices_is_renumbered() -> None:
     kept = dg.export(model, x, latency=False, rewrite=False).report.kept
     assert kept
     assert all("it may be picked by an index" in k.reason for k in kept)
+
+
+class PooledAttention(nn.Module):
+    """Attends to a pooled picture, of which it is told height and width; the head size follows from the width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 3
+        self.q, self.kv, self.pool, self.out = nn.Linear(12, 12), nn.Linear(12, 24), nn.AvgPool2d(2), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        batch, tokens, channels = x.shape
+        size = channels // self.heads
+        q = self.q(x).reshape(batch, tokens, self.heads, size).transpose(1, 2)
+        pooled = self.pool(x.transpose(1, 2).reshape(batch, channels, height, width)).flatten(2).transpose(1, 2)
+        k, v = self.kv(pooled).reshape(batch, -1, 2, self.heads, size).permute(2, 0, 3, 1, 4)
+        y = (q @ k.transpose(-2, -1) * size**-0.5).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, channels))
+
+
+class Pictures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Conv2d(3, 12, 2, 2), PooledAttention(), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        height, width = x.shape[2:]
+        flat = x.flatten(2).transpose(1, 2)
+        return self.head((flat + self.mix(flat, height, width)).mean(1))
+
+
+def test_sizes_that_a_module_is_told_stay_open(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    model = dg.gate(Pictures(), "heads", example_inputs=x).eval()
+    with torch.no_grad():
+        for gates in (m for m in model.modules() if isinstance(m, dg.Gates)):
+            gates.gamma[0] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.model.mix.out.in_features == 8
+    dg.save(exported, tmp_path)
+    loaded = dg.load(tmp_path, Pictures()).eval()
+    with torch.no_grad():
+        for size in ((16, 16), (8, 20), (12, 4)):
+            x = torch.randn(1, 3, *size)
+            assert torch.allclose(model(x), exported.model(x), atol=1e-6)
+            assert torch.equal(loaded(x), exported.model(x))
+    assert torch.allclose(torch.compile(exported.model, fullgraph=True, backend="eager")(x), exported.model(x))

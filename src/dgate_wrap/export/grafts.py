@@ -16,7 +16,7 @@ from ..tracing.symbolic import Symbolic
 from .culprits import Call, same_value
 from .dead import Branch
 from .plan import Draft, Permissions, Plan
-from .recipes import ANY_NUMBER, Recipe, UndescribableError, describe_graph, describe_tree
+from .recipes import Recipe, Sized, UndescribableError, describe_graph, describe_tree
 from .regraph import Layer, Part, Rewriter, UnwritableError
 from .widths import Widths
 
@@ -130,7 +130,10 @@ class Grafts:
         inside = set(nodes)
         given: list[Tensor] = []
         leaves, form = pytree.tree_flatten(call.arguments)
-        arguments = pytree.tree_unflatten([ANY_NUMBER if i in call.sized else x for i, x in enumerate(leaves)], form)
+        numbers = [leaves[at] for at in sorted(call.sized)]
+        for i, at in enumerate(sorted(call.sized)):
+            leaves[at] = Sized(i)
+        arguments = pytree.tree_unflatten(leaves, form)
         takes = {"dict": {n: describe_tree(v, given) for n, v in arguments.items()}}
         read = {n for node in nodes for n in node.all_input_nodes if n not in inside}
         inputs = [self._given(x, read) for x in given]
@@ -148,7 +151,7 @@ class Grafts:
             return x
 
         gives = describe_tree(pytree.tree_map(find, call.result), [])
-        part: Part = self._rewriter.write(nodes, inputs, outputs, self._names(path))
+        part: Part = self._rewriter.write(nodes, inputs, outputs, self._names(path), numbers)
         shapes = {n: list(t.shape) for n, t in part.constants.items()}
         return Recipe(describe_graph(part.graph), takes, gives, shapes, self._drops(path, part)), part.constants
 

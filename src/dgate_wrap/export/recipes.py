@@ -36,8 +36,11 @@ _PROPERTIES = ("device", "dtype")
 _FORBIDDEN = frozenset({"from_file", "_assert_async"})
 
 
-ANY_NUMBER = object()
-"""Stands for a whole number that follows from the sizes of the inputs."""
+@dataclass(frozen=True)
+class Sized:
+    """Stands for a whole number that follows from the sizes of the model's inputs, and is given to the graph."""
+
+    index: int
 
 
 class UndescribableError(Exception):
@@ -56,8 +59,8 @@ def describe_tree(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors.append(value)
         return {"tensor": len(tensors) - 1}
-    if value is ANY_NUMBER:
-        return {"number": None}
+    if isinstance(value, Sized):
+        return {"number": value.index}
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) in (list, tuple):
@@ -67,8 +70,8 @@ def describe_tree(value: Any, tensors: list[Tensor]) -> Any:
     raise UndescribableError(f"a {type(value).__name__}")
 
 
-def match_tree(tree: Any, value: Any, found: dict[int, Tensor]) -> bool:
-    """Find the tensors of a value that has the form of a tree; tell whether it has."""
+def match_tree(tree: Any, value: Any, found: dict[int, Any]) -> bool:
+    """Find the tensors, and under -1, -2 ... the numbers, of a value that has the form of a tree; tell if it has."""
     if not isinstance(tree, dict):
         return bool(type(value) is type(tree) and value == tree)
     [(kind, inner)] = cast("dict[str, Any]", tree).items()
@@ -76,6 +79,7 @@ def match_tree(tree: Any, value: Any, found: dict[int, Tensor]) -> bool:
         found[inner] = value
         return isinstance(value, Tensor)
     if kind == "number":
+        found[-1 - inner] = value
         return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
     if kind == "dict":
         return (
@@ -292,7 +296,7 @@ class Rewritten(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Take what the original takes and return what it returns."""
         arguments = bind(self._signature, args, kwargs)
-        found: dict[int, Tensor] = {}
+        found: dict[int, Any] = {}
         for name, tree in self.recipe.takes["dict"].items():
             if not match_tree(tree, arguments.get(name), found):
                 raise ExportError(
@@ -300,7 +304,8 @@ class Rewritten(nn.Module):
                     expected=f"{name} of the form it had when it was exported: {_short(tree)}",
                     mend="export with example inputs of this form, or dg.export(..., rewrite=False) to keep its code",
                 )
-        results = self._run(self, *(found[i] for i in range(len(found))))
+        tensors, numbers = sorted(i for i in found if i >= 0), sorted((i for i in found if i < 0), reverse=True)
+        results = self._run(self, *(found[i] for i in [*tensors, *numbers]))
         return build_tree(self.recipe.gives, results)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -79,7 +79,14 @@ class Rewriter:
             for call in list(owners(node))[-1:] if node.op == "call_function" else ():
                 self.spans.setdefault(call, []).append(node)
 
-    def write(self, nodes: list[Node], inputs: list[list[Node]], outputs: list[Node], names: Mapping[str, str]) -> Part:
+    def write(
+        self,
+        nodes: list[Node],
+        inputs: list[list[Node]],
+        outputs: list[Node],
+        names: Mapping[str, str],
+        numbers: Sequence[int] = (),
+    ) -> Part:
         """Write a part.
 
         Args:
@@ -87,11 +94,22 @@ class Rewriter:
             inputs: For each value that it is given, the nodes that have it.
             outputs: Nodes whose values it returns.
             names: Per parameter or buffer, its name as seen from the part's module.
+            numbers: The whole numbers that it is given after those values, as they are in the example.
 
         Raises:
             UnwritableError: If a step cannot be written for the smaller tensors.
         """
-        return _Writing(self, nodes, inputs, outputs, names).part()
+        return _Writing(self, nodes, inputs, outputs, names, numbers).part()
+
+    @functools.cached_property
+    def sizes(self) -> dict[Any, int]:
+        """How large the open sizes are in the example."""
+        found: dict[Any, int] = {}
+        for node, twin in self.symbolic.twins.items():
+            held, here = node.meta.get("val"), self.facts.values.get(twin)
+            if isinstance(held, Tensor) and isinstance(here, Tensor):
+                found |= {cast(Any, n).node.expr: m for n, m in zip(held.shape, here.shape, strict=True) if is_open(n)}
+        return found
 
     def twin(self, node: Node) -> Node:
         """Return the node of the example's graph."""
@@ -112,6 +130,7 @@ class _Writing:
         inputs: list[list[Node]],
         outputs: list[Node],
         names: Mapping[str, str],
+        numbers: Sequence[int],
     ) -> None:
         self.r, self.nodes, self.inputs, self.outputs, self.names = rewriter, set(nodes), inputs, outputs, names
         self.facts = rewriter.facts
@@ -119,12 +138,16 @@ class _Writing:
         self.made: dict[Node, Any] = {}
         self.constants: dict[str, Tensor] = {}
         self._known: dict[Node, Tensor | None] = {}
+        self._numbers = numbers
+        self._free: list[tuple[int, Node]] = []
+        self._named: dict[Any, Node] = {}
         self.order = [n for n in nodes if n.op == "call_function"]
 
     def part(self) -> Part:
         for i, same in enumerate(self.inputs):
             given = self.graph.placeholder(f"x{i}")
             self.made.update(dict.fromkeys(same, given))
+        self._free = [(n, self.graph.placeholder(f"n{i}")) for i, n in enumerate(self._numbers)]
         for node in self._wanted():
             self.made[node] = self._write(node)
         self.graph.output(tuple(self._get(n) for n in self.outputs))
@@ -275,7 +298,19 @@ class _Writing:
                 return self.graph.call_function(operator.sub, (size(tensor, axis), int(more)))
             if (times := found / expression).is_Integer:
                 return self.graph.call_function(operator.floordiv, (size(tensor, axis), int(times)))
-        return self._computed(expression)
+        given = self._given_number(expression)
+        return self._computed(expression) if given is None else given
+
+    def _given_number(self, expression: Any) -> Node | None:
+        """Return a number that the part is given, if one is as large in the example; of several, the next one."""
+        if expression not in self._named:
+            here = self.r.sizes.get(expression)
+            found = next((p for p in self._free if p[0] == here), None)
+            if found is None:
+                return None
+            self._free.remove(found)
+            self._named[expression] = found[1]
+        return self._named[expression]
 
     def _computed(self, expression: Any) -> Any:
         """Return a node for a size that is computed from others: as the graph computes it, or by its formula."""
