@@ -343,7 +343,7 @@ class Pooled(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         keys = self.pool(x.transpose(1, 2).reshape(len(x), -1, height, width)).flatten(2)
-        return self.out(((x @ keys).softmax(-1) @ keys.transpose(1, 2)))
+        return self.out((x @ keys).softmax(-1) @ keys.transpose(1, 2))
 
 
 class Pictures(nn.Module):
