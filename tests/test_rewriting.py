@@ -639,3 +639,25 @@ def test_sizes_that_a_module_is_told_stay_open(tmp_path: Path) -> None:
             assert torch.allclose(model(x), exported.model(x), atol=1e-6)
             assert torch.equal(loaded(x), exported.model(x))
     assert torch.allclose(torch.compile(exported.model, fullgraph=True, backend="eager")(x), exported.model(x))
+
+
+def test_code_that_asks_for_whole_inputs_gets_them() -> None:
+    class Checks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] != 4:
+                raise ValueError("four features, please")
+            return self.second(self.first(x).relu())
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    model = dg.gate(Checks(), "input_features", example_inputs=x).eval()
+    with torch.no_grad():
+        next(m for m in model.modules() if isinstance(m, dg.Gates)).gamma[1:3] = 0
+    assert dg.export(model, x, latency=False).model.first.in_features == 2
+    exported = dg.export(model, x, latency=False, rewrite=False)
+    assert exported.model.first.in_features == 4
+    assert {k.reason for k in exported.report.kept} == {"it is an input of the model"}

@@ -90,6 +90,16 @@ def smallest(dense: nn.Module, subject: Subject, verifier: Verifier, *, rewrite:
         ExportError: If no network was found equal.
     """
     search = _Search(dense, subject, verifier, select_inputs=select_inputs)
+    try:
+        return _smallest(search, rewrite=rewrite)
+    except ExportError:
+        if not search.takes_less:
+            raise
+    search.whole_inputs = True  # some code asks for them
+    return _smallest(search, rewrite=rewrite)
+
+
+def _smallest(search: _Search, *, rewrite: bool) -> Found:
     failure: ExportError | None = None
     own: Found | None = None
     try:
@@ -135,7 +145,9 @@ class _Search:
         self._set(subject)
         self._arguments = frozenset(places(dense, subject.inputs))
         self._select_inputs = select_inputs
-        self._whole_inputs = False
+        self.takes_less = False
+        """Whether a network was tried that takes less than whole inputs."""
+        self.whole_inputs = False
 
     def _set(self, subject: Subject) -> None:
         self.subject = subject
@@ -178,7 +190,7 @@ class _Search:
         source = subject.facts.trace.sources[node]
         if source.name not in self._arguments or not source.value.is_floating_point():
             return False
-        if self._whole_inputs:
+        if self.whole_inputs:
             return False
         if subject.symbolic is None:  # sizes that vary are told from others only if something can be gained
             return axis > 0 and not self._tried_to_open
@@ -230,6 +242,7 @@ class _Search:
             self._failed = dict(earlier)  # with what is tried no more, its tensors go
             widths = self._widths(frozen, rewrite=rewrite)
             plain = Draft(*make_plan(widths, self.permissions, select_inputs=self._select_inputs))
+            self.takes_less = self.takes_less or bool(plain.plan.inputs)
             if plain.plan.inputs and not self._tried_to_open:
                 self.open()
                 continue
@@ -244,8 +257,6 @@ class _Search:
                     return found
                 path, failure = found[0].path, found[1]
             colder = None if path is None else self._colder(frozen, path)
-            if colder is None and plain.plan.inputs:  # code that asks for whole inputs
-                self._whole_inputs, colder = True, Frozen()
             if colder is None:
                 raise failure
             frozen = colder
