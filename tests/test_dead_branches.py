@@ -397,3 +397,34 @@ def test_a_dead_branch_that_strides_gives_its_constant_in_every_size() -> None:
         for size in ((9, 9), (8, 13)):
             x = torch.randn(1, 3, *size)
             assert torch.allclose(gated(x), exported.model(x), atol=1e-6)
+
+
+def test_a_dead_branch_takes_anything_in_place_of_what_it_does_not_read() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+            return self.out(x if mask is None else x * mask)
+
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.head = Masked(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.ones(x.shape[1], 1) if x.shape[1] > 4 else None
+            return self.head((x + self.mix(x, mask)).mean(1))
+
+    model, x = Masks(), torch.randn(2, 7, 4)
+    randomize(model, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.mix.out.weight.zero_()
+    gated = dg.gate(model, "neurons", include="head.*").eval()
+    small = dg.export(gated, x, latency=False).model
+    assert not list(small.mix.parameters())
+    with torch.no_grad():
+        for length in (3, 9):
+            x = torch.randn(1, length, 4)
+            assert torch.allclose(gated(x), small(x), atol=1e-6)

@@ -16,7 +16,7 @@ from ..tracing.symbolic import Symbolic
 from .culprits import Call, same_value
 from .dead import Branch
 from .plan import Draft, Permissions, Plan
-from .recipes import Recipe, Sized, UndescribableError, describe_graph, describe_tree
+from .recipes import Recipe, Sized, UndescribableError, describe_graph, describe_tree, without_unread
 from .regraph import Layer, Part, Rewriter, UnwritableError
 from .widths import Widths
 
@@ -152,6 +152,8 @@ class Grafts:
 
         gives = describe_tree(pytree.tree_map(find, call.result), [])
         part: Part = self._rewriter.write(nodes, inputs, outputs, self._names(path), numbers)
+        placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
+        takes = without_unread(takes, {i for i, n in enumerate(placeholders[: len(inputs)]) if n.users})
         shapes = {n: list(t.shape) for n, t in part.constants.items()}
         return Recipe(describe_graph(part.graph), takes, gives, shapes, self._drops(path, part)), part.constants
 

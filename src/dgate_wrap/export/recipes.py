@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -70,6 +70,18 @@ def describe_tree(value: Any, tensors: list[Tensor]) -> Any:
     raise UndescribableError(f"a {type(value).__name__}")
 
 
+def without_unread(tree: Any, read: Collection[int]) -> Any:
+    """Let anything stand in a tree for the tensors that nothing reads."""
+    if not isinstance(tree, dict):
+        return tree
+    [(kind, inner)] = cast("dict[str, Any]", tree).items()
+    if kind == "tensor":
+        return tree if inner in read else {"any": inner}
+    if kind == "dict":
+        return {"dict": {k: without_unread(t, read) for k, t in inner.items()}}
+    return {kind: [without_unread(t, read) for t in inner]} if kind in ("list", "tuple") else tree
+
+
 def match_tree(tree: Any, value: Any, found: dict[int, Any]) -> bool:
     """Find the tensors, and under -1, -2 ... the numbers, of a value that has the form of a tree; tell if it has."""
     if not isinstance(tree, dict):
@@ -78,6 +90,9 @@ def match_tree(tree: Any, value: Any, found: dict[int, Any]) -> bool:
     if kind == "tensor":
         found[inner] = value
         return isinstance(value, Tensor)
+    if kind == "any":
+        found[inner] = value
+        return True
     if kind == "number":
         found[-1 - inner] = value
         return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
