@@ -661,3 +661,44 @@ def test_code_that_asks_for_whole_inputs_gets_them() -> None:
     exported = dg.export(model, x, latency=False, rewrite=False)
     assert exported.model.first.in_features == 4
     assert {k.reason for k in exported.report.kept} == {"it is an input of the model"}
+
+
+class Cached(Attention):
+    """Attention that takes the keys and values of earlier calls."""
+
+    def forward(self, x: Tensor, past: Any = None) -> Any:  # type: ignore[override]
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, width)), (k, v)
+
+
+class Generates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = Cached(), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.attention(x)[0])
+
+
+class WithGenerate(Generates):
+    def generate(self, x: Tensor, max_new_tokens: int, do_sample: bool) -> None:
+        _, past = self.attention(x)
+        for _ in range(max_new_tokens - 1):
+            _, past = self.attention(x[:, -1:], past)
+
+
+@pytest.mark.parametrize("kind", [Generates, WithGenerate])
+def test_what_generates_with_a_cache_still_does(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 12)
+    model = dg.gate(kind(), "heads", example_inputs=x).eval()
+    with torch.no_grad():
+        next(m for m in model.modules() if isinstance(m, dg.Gates)).gamma[0] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.rewritten == (["attention"] if kind is Generates else [])
+    if kind is WithGenerate:
+        exported.model.generate(x, max_new_tokens=3, do_sample=False)

@@ -81,7 +81,9 @@ class Facts(Constants):
         """
         if n in self.varying and torch.Size(shape_of(n)).numel() >= torch.Size(shape_of(out)).numel():
             return False
-        spare = self.reached(n, axis) & ~self.reached(out, out_axis)
+        spare = ~self.reached(out, out_axis)
+        if n in self.varying or n.op == "placeholder":
+            spare = spare & self.reached(n, axis)  # what is made from nothing may be made whole
         if not spare.any() or not self.reached(out, out_axis).any():
             return False
         back = axis - len(shape_of(n))

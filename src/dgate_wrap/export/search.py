@@ -26,7 +26,7 @@ from .plan import Draft, Permissions, Plan, make_plan
 from .scatter import partial_rows
 from .selection import places, reduced
 from .vectors import Allowed, Frozen
-from .verify import Certificate, Mismatch, Verifier, to_double
+from .verify import Certificate, Mismatch, Verifier, generates, to_double
 from .widths import Widths
 
 _WORTH = 0.98
@@ -115,7 +115,11 @@ def _smallest(search: _Search, *, rewrite: bool) -> Found:
         except ExportError as e:
             failure = failure or e
         else:
-            if own is None or rewritten.size < (own.size if dead else _WORTH * own.size):
+            if own is None:
+                return rewritten
+            smaller = rewritten.size < (own.size if dead else _WORTH * own.size)
+            inputs = search.verifier.inputs[0]
+            if smaller and (generates(rewritten.small, inputs) or not generates(search.dense, inputs)):
                 return rewritten
     if own is None:
         assert failure is not None

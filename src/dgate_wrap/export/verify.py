@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
 from ..tracing import Inputs
-from ..tracing.capture import evaluating, without_cache
+from ..tracing.capture import evaluating, same_random_numbers, without_cache
 from .copies import InDouble
 from .selection import Kept, reduced
 
@@ -178,6 +178,20 @@ def run(model: nn.Module, inputs: Inputs) -> list[Any]:
     with evaluating(model), torch.no_grad(), without_cache(model, inputs) as extra, quiet:
         warnings.simplefilter("ignore")  # of sizes that no one has asked for
         return pytree.tree_leaves(model(*inputs.args, **inputs.kwargs, **extra))
+
+
+def generates(model: nn.Module, inputs: Inputs) -> bool:
+    """Tell whether a model of Hugging Face's generates two tokens, the second with a key-value cache."""
+    if not callable(getattr(model, "generate", None)):
+        return False
+    quiet = warnings.catch_warnings()
+    try:
+        with evaluating(model), torch.no_grad(), same_random_numbers(model), quiet:
+            warnings.simplefilter("ignore")
+            cast(Any, model).generate(*inputs.args[:1], **inputs.kwargs, max_new_tokens=2, do_sample=False)
+    except Exception:
+        return False
+    return True
 
 
 def relative_error(reference: list[Any], other: list[Any], *, any_dtype: bool = False) -> float:
