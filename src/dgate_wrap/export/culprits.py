@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from ..tracing import Inputs, Trace, capture
-from ..tracing.capture import evaluating, operation
+from ..tracing.capture import evaluating, operation, without_cache
 from .constants import rounding
 from .plan import Cut, cut_axes
 from .recipes import bind, plain_signature
@@ -90,8 +90,8 @@ def record_calls(model: nn.Module, inputs: Inputs, elsewhere: Iterable[Inputs] =
         elsewhere: Inputs of other sizes. Numbers that are others there follow from the sizes.
     """
     calls: list[Call] = []
-    with evaluating(model), torch.no_grad(), watching(model, calls, []):
-        model(*inputs.args, **inputs.kwargs)
+    with evaluating(model), torch.no_grad(), without_cache(model, inputs) as extra, watching(model, calls, []):
+        model(*inputs.args, **inputs.kwargs, **extra)
     numbers = [_numbers(c) for c in calls]
     for other in elsewhere if any(numbers) else ():
         there = record_calls(model, other)
@@ -124,8 +124,13 @@ def find_culprit(
     open_calls: list[str] = []
     failed: str | None = None
     try:
-        with evaluating(model), torch.no_grad(), watching(model, calls, open_calls):
-            model(*inputs.args, **inputs.kwargs)
+        with (
+            evaluating(model),
+            torch.no_grad(),
+            without_cache(model, inputs) as extra,
+            watching(model, calls, open_calls),
+        ):
+            model(*inputs.args, **inputs.kwargs, **extra)
     except Exception:
         failed = open_calls[-1] if open_calls else ""
     by_value = _Values(values, widths)

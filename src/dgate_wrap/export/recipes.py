@@ -43,6 +43,10 @@ class Sized:
     index: int
 
 
+_FLAG = "use_cache"
+"""A flag that models pass on to layers, which do nothing with it: the cache itself is another argument."""
+
+
 class UndescribableError(Exception):
     """A value that a recipe cannot hold; the message says which."""
 
@@ -340,13 +344,14 @@ def bind(signature: list[tuple[str, int, Any]], args: tuple[Any, ...], kwargs: d
         if kind == inspect.Parameter.VAR_POSITIONAL:
             found[name], given = tuple(given), []
         elif kind == inspect.Parameter.VAR_KEYWORD:
-            found[name], rest = rest, {}
+            found[name], rest = {k: v for k, v in rest.items() if k != _FLAG}, {}
         elif given and kind != inspect.Parameter.KEYWORD_ONLY:
             found[name] = given.pop(0)
         else:
             found[name] = rest.pop(name, default)
     if given or rest:
         raise TypeError(f"unexpected arguments: {len(given)} positional, {sorted(rest)}")
+    found.pop(_FLAG, None)
     return found
 
 

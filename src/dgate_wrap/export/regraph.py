@@ -224,11 +224,14 @@ class _Writing:
         return None
 
     def _emit_constant(self, node: Node, value: Tensor) -> Any:
-        shape = node.meta["val"].shape
+        shape, sizes = node.meta["val"].shape, list(value.shape)
+        for axis in range(value.dim()):  # what is the same all along an axis is held once
+            first = value.narrow(axis, 0, 1)
+            value = first if first.numel() and bool((value == first).all()) else value
         held = self.graph.get_attr(self._hold(value))
-        if not any(map(is_open, shape)):
+        if not any(map(is_open, shape)) and sizes == list(value.shape):
             return held
-        sizes = [self._number(n) if is_open(n) else value.shape[a] for a, n in enumerate(shape)]
+        sizes = [self._number(n) if is_open(n) else sizes[a] for a, n in enumerate(shape)]
         return self.graph.call_function(torch.ops.aten.expand.default, (held, sizes))
 
     def _hold(self, value: Tensor) -> str:

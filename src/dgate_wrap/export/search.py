@@ -26,7 +26,7 @@ from .plan import Draft, Permissions, Plan, make_plan
 from .scatter import partial_rows
 from .selection import places, reduced
 from .vectors import Allowed, Frozen
-from .verify import Certificate, Mismatch, Verifier, generates, to_double
+from .verify import Certificate, Mismatch, Verifier, cached_uses, to_double
 from .widths import Widths
 
 _WORTH = 0.98
@@ -119,7 +119,8 @@ def _smallest(search: _Search, *, rewrite: bool) -> Found:
                 return rewritten
             smaller = rewritten.size < (own.size if dead else _WORTH * own.size)
             inputs = search.verifier.inputs[0]
-            if smaller and (generates(rewritten.small, inputs) or not generates(search.dense, inputs)):
+            taken = reduced(inputs, rewritten.small, rewritten.plan.taken)
+            if smaller and cached_uses(search.dense, inputs) <= cached_uses(rewritten.small, taken):
                 return rewritten
     if own is None:
         assert failure is not None

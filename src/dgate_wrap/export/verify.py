@@ -180,18 +180,21 @@ def run(model: nn.Module, inputs: Inputs) -> list[Any]:
         return pytree.tree_leaves(model(*inputs.args, **inputs.kwargs, **extra))
 
 
-def generates(model: nn.Module, inputs: Inputs) -> bool:
-    """Tell whether a model of Hugging Face's generates two tokens, the second with a key-value cache."""
-    if not callable(getattr(model, "generate", None)):
-        return False
-    quiet = warnings.catch_warnings()
-    try:
-        with evaluating(model), torch.no_grad(), same_random_numbers(model), quiet:
-            warnings.simplefilter("ignore")
-            cast(Any, model).generate(*inputs.args[:1], **inputs.kwargs, max_new_tokens=2, do_sample=False)
-    except Exception:
-        return False
-    return True
+def cached_uses(model: nn.Module, inputs: Inputs) -> set[str]:
+    """Return what a model can do that has a key-value cache, turned on as users have it: be called, and generate."""
+    args, kwargs = inputs.args, inputs.kwargs
+    uses: dict[str, Any] = {
+        "call": lambda: model(*args, **kwargs),
+        "generate": lambda: cast(Any, model).generate(*args[:1], **kwargs, max_new_tokens=2, do_sample=False),
+    }
+    found: set[str] = set()
+    with evaluating(model), torch.no_grad(), same_random_numbers(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, use in uses.items():
+            with contextlib.suppress(Exception):
+                use()
+                found.add(name)
+    return found
 
 
 def relative_error(reference: list[Any], other: list[Any], *, any_dtype: bool = False) -> float:
