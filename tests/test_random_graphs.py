@@ -108,6 +108,8 @@ def try_seed(seed: int) -> Outcome:
     try:
         exported = dg.export(gated, args, latency=False)
     except dg.ExportError as e:
+        if "output on the example is not finite" in str(e) and not all(x.isfinite().all() for x in run(gated, args)):
+            return Outcome("not finite")  # a direction of zeros under weight_norm, say
         if "no output depends on the input" not in str(e):
             return Outcome("refused", str(e))
         first = run(exact, double(args))
@@ -143,7 +145,7 @@ def show(seed: int, found: Outcome) -> str:
 def test_export_of_random_graphs_equals_the_gated_model(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scatter, "_WORTH", 96 if chunk % 2 else 0.5)  # these layers are small
     outcomes = {seed: outcome(seed) for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK)}
-    failed = [show(seed, o) for seed, o in outcomes.items() if o.kind not in ("equal", "constant")]
+    failed = [show(seed, o) for seed, o in outcomes.items() if o.kind not in ("equal", "constant", "not finite")]
     assert not failed, f"{len(failed)} of {CHUNK} seeds failed\n\n" + "\n\n".join(failed)
     counted = [o for o in outcomes.values() if o.kind == "equal"]
     assert len(counted) > CHUNK / 2
