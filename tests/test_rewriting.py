@@ -367,14 +367,18 @@ def test_sizes_that_are_shared_change_for_the_module_that_reads_them() -> None:
     assert_equal(model, exported.model)
 
 
-def test_a_row_that_is_always_looked_up_is_no_dead_branch() -> None:
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_row_that_is_always_looked_up_is_no_dead_branch(gathered: bool) -> None:
     class Typed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.table, self.up, self.down = nn.Embedding(3, 12), nn.Linear(12, 8), nn.Linear(8, 2)
+            self.register_buffer("kinds", torch.zeros(2, dtype=torch.long))
 
         def forward(self, x: Tensor) -> Tensor:
             kinds = torch.zeros_like(x[..., 0], dtype=torch.long)
+            if gathered:
+                kinds = self.kinds.gather(0, (x[..., 0] > 0).long().flatten()).view(kinds.shape)
             return self.down(torch.relu(self.up(x + self.table(kinds))))
 
     model = dg.gate(Typed(), "hidden", example_inputs=X)

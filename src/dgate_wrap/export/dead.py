@@ -53,7 +53,7 @@ def _with_idle_parameters(facts: Facts, dead: list[str]) -> set[str]:
     paths: set[str] = set()
     for node, source in facts.trace.sources.items():
         readers = _readers(facts, node) if source.kind == "parameter" else set()
-        if readers and all(_idle(facts, n) for n in readers):
+        if readers and all(_idle(facts, n) and not _only_looks_up(facts, {n}) for n in readers):
             paths |= {owner(n) or "" for n in readers}
     return {p for p in paths if p and not any(_within(p, d) for d in dead)}
 
@@ -78,10 +78,15 @@ def _layers(facts: Facts) -> set[str]:
 
 def _is_dead(facts: Facts, span: set[Node]) -> bool:
     results = [n for n in span if any(u not in span for u in n.users)]
-    given = {n for node in span for n in node.all_input_nodes if n in facts.varying} - span
-    if given and all(_fixed_index(facts, n) for n in given):  # the row of a table that the example happens to ask for
+    if _only_looks_up(facts, span):
         return False
     return any(n in facts.varying for n in results) and all(_idle(facts, n) for n in results)
+
+
+def _only_looks_up(facts: Facts, span: set[Node]) -> bool:
+    """Tell whether nodes are given indices only: rows of a table that the example happens to ask for."""
+    given = {n for node in span for n in node.all_input_nodes if n in facts.varying} - span
+    return bool(given) and all(_fixed_index(facts, n) for n in given)
 
 
 def _fixed_index(facts: Facts, node: Node) -> bool:
