@@ -17,7 +17,8 @@ from .culprits import Call, same_value
 from .dead import Branch
 from .plan import Draft, Permissions, Plan
 from .recipes import Recipe, Sized, UndescribableError, describe_graph, describe_tree, without_unread
-from .regraph import Layer, Part, Rewriter, UnwritableError
+from .regraph import Layer, Part, Rewriter
+from .steps import UnwritableError
 from .widths import Widths
 
 _LAYERS = (

@@ -19,17 +19,14 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..tracing.capture import owner, owners, where
-from ..tracing.families import Attention, Contraction, Indexing, Mixing, Pointwise
+from ..tracing.families import Attention, Contraction, Pointwise
 from ..tracing.operations import op_name, shape_of
 from ..tracing.symbolic import Symbolic, is_open
 from .constants import rounding
 from .plan import Permissions
 from .scatter import places_of
+from .steps import RULES, UnwritableError, share_of, take
 from .widths import Widths
-
-
-class UnwritableError(Exception):
-    """A step cannot be written for the smaller tensors; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ class Rewriter:
         Raises:
             UnwritableError: If a step cannot be written for the smaller tensors.
         """
-        return _Writing(self, nodes, inputs, outputs, names, numbers).part()
+        return Writing(self, nodes, inputs, outputs, names, numbers).part()
 
     @functools.cached_property
     def sizes(self) -> dict[Any, int]:
@@ -120,7 +117,7 @@ class Rewriter:
         return self.widths.keep[self.twin(node)][axis]
 
 
-class _Writing:
+class Writing:
     """The writing of one part."""
 
     def __init__(
@@ -144,6 +141,7 @@ class _Writing:
         self.order = [n for n in nodes if n.op == "call_function"]
 
     def part(self) -> Part:
+        """Write it."""
         for i, same in enumerate(self.inputs):
             given = self.graph.placeholder(f"x{i}")
             self.made.update(dict.fromkeys(same, given))
@@ -228,13 +226,13 @@ class _Writing:
         for axis in range(value.dim()):  # what is the same all along an axis is held once
             first = value.narrow(axis, 0, 1)
             value = first if first.numel() and bool((value == first).all()) else value
-        held = self.graph.get_attr(self._hold(value))
+        held = self.graph.get_attr(self.hold(value))
         if not any(map(is_open, shape)) and sizes == list(value.shape):
             return held
         sizes = [self._number(n) if is_open(n) else sizes[a] for a, n in enumerate(shape)]
         return self.graph.call_function(torch.ops.aten.expand.default, (held, sizes))
 
-    def _hold(self, value: Tensor) -> str:
+    def hold(self, value: Tensor) -> str:
         """Hold a tensor as a constant, and return its name."""
         taken = {*self.names.values(), *self.constants}  # a module that is written anew again holds some
         name = next(n for i in itertools.count() if (n := f"_constant{i}") not in taken)
@@ -255,7 +253,7 @@ class _Writing:
         if node.op == "placeholder":
             source = self.facts.trace.sources[self.r.twin(node)]
             if source.kind == "constant":
-                name = self._hold(self._cut(node, source.value))
+                name = self.hold(self._cut(node, source.value))
             elif source.name in self.names:
                 name = self.names[source.name]
             else:
@@ -349,7 +347,7 @@ class _Writing:
         kwargs = {k: self._here(v) for k, v in cast("dict[str, Any]", kwargs).items()}
         if node not in self.r.symbolic.twins:
             return self.graph.call_function(cast(Any, node.target), tuple(args), kwargs)
-        rule = _RULES.get(op_name(node))
+        rule = RULES.get(op_name(node))
         made = rule(self, node, args, kwargs) if rule is not None else None
         if made is None:
             made = self.graph.call_function(cast(Any, node.target), tuple(args), kwargs)
@@ -371,7 +369,7 @@ class _Writing:
         for axis in range(len(here) - last):
             kept, takes = here[axis], wanted[axis - len(here)]
             if len(kept) == len(takes) and not kept.equal(takes):
-                made = _take(self, made, axis, kept, takes.nonzero().flatten())
+                made = take(self, made, axis, kept, takes.nonzero().flatten())
         return made
 
     def _scattered(self, node: Node, made: Any) -> Any:
@@ -387,7 +385,7 @@ class _Writing:
         full = self.facts.values[twin].new_zeros(shape)
         if held is not None:
             full = full + held.view([-1 if a == axis else 1 for a in range(full.dim())])
-        places = self.graph.get_attr(self._hold(kept.nonzero().flatten()))
+        places = self.graph.get_attr(self.hold(kept.nonzero().flatten()))
         return self.graph.call_function(
             torch.ops.aten.index_copy.default, (self._emit_constant(node, full), axis, places, made)
         )
@@ -436,7 +434,7 @@ class _Writing:
         if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # its caller may have asked for another output size
             return len(node.args) < 6 or tuple(cast("list[int]", node.args[5])) == tuple(layer.output_padding)
         if isinstance(layer, nn.RMSNorm):
-            return _share(self, node) == 1 or self.r.permissions.can_rescale(self.r.twin(node))
+            return share_of(self, node) == 1 or self.r.permissions.can_rescale(self.r.twin(node))
         if recurrent:  # from zeros of its own
             states = cast("list[Node]", node.args[1] if name == "lstm" else [node.args[1]])
             return name in _RECURRENT and isinstance(node.args[2], list) and all(call in owners(s) for s in states)
@@ -498,221 +496,3 @@ _PRIMES = (2, 7, 3, 19, 5, 31, 11, 17, 13)
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and [str(n) for n in a.shape] == [str(n) for n in b.shape]
-
-
-# ---- rules: operations that have sizes written in them ------------------------------------------------------------
-
-
-def _sizes(w: _Writing, node: Node, sizes: list[Any], start: int = 0) -> list[Any]:
-    """Return sizes with every number replaced by what is kept of its axis."""
-    kept = [w.r.kept(node, start + axis) for axis in range(len(sizes))]
-    return [
-        n if n == -1 or (isinstance(n, Node) and k.all()) else _counted(n, k) for n, k in zip(sizes, kept, strict=True)
-    ]
-
-
-def _counted(size: Any, kept: Tensor) -> int:
-    """Return how much is kept of an axis; of one of open size, such as batch times heads, let the others tell it."""
-    return -1 if isinstance(size, Node) else int(kept.sum())
-
-
-def _view(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    return w.graph.call_function(torch.ops.aten.reshape.default, (args[0], _sizes(w, node, args[1])))
-
-
-def _sized(position: int) -> Any:
-    def rule(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        args[position] = _sizes(w, node, args[position])
-
-    return rule
-
-
-def _unflatten(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    args[2] = _sizes(w, node, args[2], args[1] % len(node.args[0].meta["val"].shape))  # type: ignore[union-attr]
-
-
-def _axis(node: Node, position: int = 2) -> tuple[Node, int]:
-    x = cast(Node, node.args[0])
-    axis = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
-    return x, cast(int, axis) % len(x.meta["val"].shape)
-
-
-def _split(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    x, axis = _axis(node)
-    kept = w.r.kept(x, axis)
-    if kept.all():
-        return None
-    written = node.args[1]
-    if op_name(node) == "chunk":
-        written = -(-len(kept) // cast(int, written))
-    parts = kept.split(cast(Any, written))
-    counts = [int(part.sum()) for part in parts]
-    return w.graph.call_function(torch.ops.aten.split_with_sizes.default, (args[0], counts, axis))
-
-
-def _pick(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    source = cast(Node, node.args[0])
-    if isinstance(args[0], tuple):
-        return args[0][cast(int, args[1])]
-    if op_name(source) == "unbind":
-        x, axis = _axis(source, 1)
-        args[1] = int(w.r.kept(x, axis)[: cast(int, args[1])].sum())
-    return None
-
-
-def _slice(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    x, axis = _axis(node, 1)
-    kept = w.r.kept(x, axis)
-    if kept.all() and w.r.kept(node, axis).all():
-        return None
-    given = [node.args[i] if len(node.args) > i else default for i, default in ((2, None), (3, None), (4, 1))]
-    if any(isinstance(g, Node) for g in given):
-        raise UnwritableError(f"a slice of open size meets a cut ({where(node)})")
-    start, end, step = given
-    return _take(w, args[0], axis, kept, torch.arange(len(kept))[slice(start, end)][:: cast(int, step)])
-
-
-def _pick_in_order(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """Pick by a constant vector, renumbered."""
-    family = w.facts.families[w.r.twin(node)]
-    order = w.facts.order(family) if isinstance(family, Indexing) else None
-    if order is None or not isinstance(family, Indexing):
-        return None
-    x, [axis] = cast(Node, node.args[0]), family.axes
-    kept, wanted = w.r.kept(x, axis), w.r.kept(node, axis)
-    if kept.all() and wanted.all():
-        return None
-    if is_open(x.meta["val"].shape[axis]):
-        raise UnwritableError(f"an index meets a cut along an axis of open size ({where(node)})")
-    return _take(w, args[0], axis, kept, order[wanted])
-
-
-def _take(w: _Writing, x: Any, axis: int, kept: Tensor, indices: Tensor) -> Any:
-    """Pick indices of the whole axis from a cut one: as a slice if they lie side by side."""
-    places = kept.cumsum(0) - 1
-    picked = places[indices[kept[indices]]]
-    if len(picked) and bool((picked == torch.arange(int(picked[0]), int(picked[0]) + len(picked))).all()):
-        start = int(picked[0])
-        return w.graph.call_function(torch.ops.aten.slice.Tensor, (x, axis, start, start + len(picked)))
-    return w.graph.call_function(torch.ops.aten.index_select.default, (x, axis, w.graph.get_attr(w._hold(picked))))
-
-
-def _select(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    x, axis = _axis(node, 1)
-    kept = w.r.kept(x, axis)
-    if not kept.all():
-        index = cast(int, node.args[2]) % len(kept)
-        args[2] = int(kept[:index].sum())
-
-
-def _roll(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    x = cast(Node, node.args[0])
-    ndim = len(x.meta["val"].shape)
-    shifts = cast("list[int]", node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]])
-    axes = cast("list[int]", (node.args[2] if len(node.args) > 2 else []) or [])
-    made = args[0]
-    for shift, axis in zip(shifts, [a % ndim for a in axes], strict=False):
-        kept = w.r.kept(x, axis)
-        if kept.all():
-            made = w.graph.call_function(torch.ops.aten.roll.default, (made, [shift], [axis]))
-        else:
-            made = _take(w, made, axis, kept, torch.arange(len(kept)).roll(shift))
-    return made if axes else None
-
-
-def _pad(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    x = cast(Node, node.args[0])
-    ndim = len(x.meta["val"].shape)
-    pads = list(cast("list[Any]", args[1]))
-    for i in range(0, len(pads), 2):
-        axis = ndim - 1 - i // 2
-        kept = w.r.kept(node, axis)
-        if kept.all():
-            continue
-        if any(isinstance(p, Node) or p < 0 for p in pads[i : i + 2]):
-            raise UnwritableError(f"a padding that cuts meets a cut ({where(node)})")
-        front, back = pads[i], pads[i + 1]
-        pads[i], pads[i + 1] = int(kept[:front].sum()), int(kept[len(kept) - back :].sum()) if back else 0
-    args[1] = pads
-
-
-def _squeeze(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    shape = cast(Node, node.args[0]).meta["val"].shape
-    named = node.args[1] if len(node.args) > 1 else range(len(shape))
-    axes = [a % len(shape) for a in ([named] if isinstance(named, int) else cast("list[int]", named))]
-    gone = [a for a in axes if not is_open(shape[a]) and int(shape[a]) == 1]
-    return w.graph.call_function(torch.ops.aten.squeeze.dims, (args[0], gone)) if gone else args[0]
-
-
-def _regroup(position: int) -> Any:
-    def rule(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        family = w.facts.families[w.r.twin(node)]
-        if not isinstance(family, Contraction | Mixing) or family.groups == 1:
-            return
-        channels = w.r.kept(node, family.out_axis if isinstance(family, Contraction) else 1)
-        used = int(channels.view(family.groups, -1).any(1).sum())
-        if len(args) > position:
-            args[position] = used
-        else:
-            kwargs["groups"] = used
-
-    return rule
-
-
-def _attention(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    query = cast(Node, node.args[0])
-    if kwargs.get("scale") is None and not w.r.kept(query, -1).all():
-        kwargs["scale"] = shape_of(w.r.twin(query))[-1] ** -0.5
-
-
-def _mean(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """Divide by how many there were."""
-    share = _share(w, node)
-    if share == 1:
-        return None
-    made = w.graph.call_function(cast(Any, node.target), tuple(args), kwargs)
-    return w.graph.call_function(torch.ops.aten.mul.Tensor, (made, share))
-
-
-def _rms_norm(w: _Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """Take the mean of squares over how many there were, as `Plan` does for the layers that may be changed."""
-    share = _share(w, node)
-    if share == 1:
-        return None
-    sizes = cast("list[int]", args[1])
-    args[1] = _sizes(w, node, sizes, len(shape_of(w.r.twin(node))) - len(sizes))
-    if len(args) > 3 and args[3] is not None:
-        args[3] = args[3] / share
-    made = w.graph.call_function(cast(Any, node.target), tuple(args), kwargs)
-    if w.r.permissions.can_rescale(w.r.twin(node)):
-        return made
-    return w.graph.call_function(torch.ops.aten.mul.Tensor, (made, share**-0.5))
-
-
-def _share(w: _Writing, node: Node) -> float:
-    """Return which share of what an operation averages over stays."""
-    family = w.facts.families[w.r.twin(node)]
-    return w.r.widths.share(family.x, family.mixed) if isinstance(family, Mixing) else 1.0
-
-
-_RULES: dict[str, Callable[[_Writing, Node, list[Any], dict[str, Any]], Any]] = {
-    **dict.fromkeys(("view", "_unsafe_view", "reshape"), _view),
-    **dict.fromkeys(("expand", "new_zeros", "new_ones", "new_full", "new_empty"), _sized(1)),
-    **dict.fromkeys(("zeros", "ones", "full", "empty"), _sized(0)),
-    "unflatten": _unflatten,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
-    "getitem": _pick,
-    "slice": _slice,
-    "select": _select,
-    **dict.fromkeys(("index", "index_select"), _pick_in_order),
-    "roll": _roll,
-    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
-    "squeeze": _squeeze,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _regroup(6)),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _regroup(6)),
-    "convolution": _regroup(8),
-    "group_norm": _regroup(1),
-    "mean": _mean,
-    "rms_norm": _rms_norm,
-    "scaled_dot_product_attention": _attention,
-}
