@@ -283,6 +283,7 @@ def export_open(model: nn.Module, inputs: Inputs) -> Generator[tuple[torch.expor
         call = _Positional(model, extra, list(inputs.kwargs))
         with unchanged(model), same_random_numbers(model):
             exported = torch.export.export(call, given, dynamic_shapes=sizes, strict=False)
+            exported._guards_code = []  # conditions on sizes, which a second trace would take minutes to write down
             yield exported.run_decompositions({}), inputs
 
 
