@@ -289,6 +289,8 @@ def _step(rank: int, models: list[nn.Module], inputs: list[Inputs], folder: str)
         loss_of(wrapped, {n: x[2 * rank : 2 * rank + 2] for n, x in given.items()}).backward()
         if rank == 0:
             torch.save([p.grad for p in model.parameters()], f"{folder}/{i}")
+        del wrapped  # it holds the group, whose threads must end before the process does
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
