@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import randomize
+from oracles import all_gates
 from torch import Tensor, nn
 
 import dgate_wrap as dg
@@ -301,11 +302,11 @@ def test_columns_of_a_bag_of_embeddings_go(mode: str) -> None:
     randomize(model, torch.Generator().manual_seed(1))
     gated = dg.gate(model, "embedding_dims", example_inputs=inputs).eval()
     with torch.no_grad():
-        for gates in (m for m in gated.modules() if isinstance(m, dg.Gates)):
+        for gates in all_gates(gated):
             gates.gamma[:4] = 0
     assert dg.export(gated, inputs, latency=False).model.bag.weight.shape == (9, 2)
     with torch.no_grad():
-        for gates in (m for m in gated.modules() if isinstance(m, dg.Gates)):
+        for gates in all_gates(gated):
             gates.gamma[:] = 0
     small = dg.export(gated, inputs, latency=False).model
     assert not list(small.bag.parameters())
@@ -332,6 +333,13 @@ def test_inputs_of_a_normalized_weight_go_and_its_gain_makes_up_for_them(tmp_pat
         assert torch.equal(loaded(TABLE), exported.model(TABLE))
         assert torch.allclose(whole(TABLE), gated(TABLE), atol=1e-6)
     assert whole[2].weight.shape == (5, 8)
+
+
+def assert_equal(gated: nn.Module, small: nn.Module, *shapes: tuple[int, ...]) -> None:
+    """Run both networks on inputs of shapes that export was not given."""
+    with torch.no_grad():
+        for x in map(torch.randn, shapes):
+            assert torch.allclose(gated(x), small(x), atol=1e-6)
 
 
 class Pooled(nn.Module):
@@ -365,10 +373,7 @@ def test_a_dead_branch_may_be_told_sizes() -> None:
     gated = dg.gate(model, "neurons", include="head.*").eval()
     exported = dg.export(gated, x, latency=False)
     assert not list(exported.model.mix.parameters())
-    with torch.no_grad():
-        for size in ((8, 8), (4, 12)):
-            x = torch.randn(1, 3, *size)
-            assert torch.allclose(gated(x), exported.model(x), atol=1e-6)
+    assert_equal(gated, exported.model, (1, 3, 8, 8), (1, 3, 4, 12))
 
 
 def test_a_dead_branch_that_strides_gives_its_constant_in_every_size() -> None:
@@ -393,10 +398,7 @@ def test_a_dead_branch_that_strides_gives_its_constant_in_every_size() -> None:
     gated = dg.gate(model, "neurons", include="head.*").eval()
     exported = dg.export(gated, x, latency=False)
     assert not list(exported.model.conv.parameters())
-    with torch.no_grad():
-        for size in ((9, 9), (8, 13)):
-            x = torch.randn(1, 3, *size)
-            assert torch.allclose(gated(x), exported.model(x), atol=1e-6)
+    assert_equal(gated, exported.model, (1, 3, 9, 9), (1, 3, 8, 13))
 
 
 def test_a_dead_branch_takes_anything_in_place_of_what_it_does_not_read() -> None:
@@ -424,7 +426,4 @@ def test_a_dead_branch_takes_anything_in_place_of_what_it_does_not_read() -> Non
     gated = dg.gate(model, "neurons", include="head.*").eval()
     small = dg.export(gated, x, latency=False).model
     assert not list(small.mix.parameters())
-    with torch.no_grad():
-        for length in (3, 9):
-            x = torch.randn(1, length, 4)
-            assert torch.allclose(gated(x), small(x), atol=1e-6)
+    assert_equal(gated, small, (1, 3, 4), (1, 9, 4))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import randomize
+from oracles import all_gates
 from torch import Tensor, nn
 
 import dgate_wrap as dg
@@ -502,7 +503,7 @@ def test_what_an_activation_writes_in_place_does_not_stop_a_rewriting() -> None:
     randomize(model, torch.Generator().manual_seed(0))
     gated = dg.gate(model, "channels", example_inputs=x)
     with torch.no_grad():
-        for gates in (m for m in gated.modules() if isinstance(m, dg.Gates)):
+        for gates in all_gates(gated):
             gates.gamma[::2] = 0
     exported = dg.export(gated, x, latency=False)
     assert exported.report.rewritten == [""]
@@ -540,7 +541,7 @@ class SharesTable(nn.Module):
 def test_heads_that_share_a_table_go_from_each_layer_by_themselves() -> None:
     torch.manual_seed(0)
     model = dg.gate(SharesTable(), "heads", example_inputs=torch.randn(2, 5, 12)).eval()
-    gates = [m for m in model.modules() if isinstance(m, dg.Gates)]
+    gates = all_gates(model)
     with torch.no_grad():
         gates[0].gamma[:2] = 0  # two heads of the first layer, another one of the second
         gates[1].gamma[2] = 0
@@ -557,7 +558,7 @@ def test_what_hooks_hide_is_written_anew_too() -> None:
     x = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
     model = dg.gate(model, "heads", example_inputs=x)
     with torch.no_grad():
-        for gates in (m for m in model.modules() if isinstance(m, dg.Gates)):
+        for gates in all_gates(model):
             gates.gamma[::2] = 0
     exported = dg.export(model, x, latency=False)
     assert exported.report.removed == 3
@@ -583,7 +584,7 @@ def test_a_vector_of_indices_is_renumbered() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 4)
     model = dg.gate(Permuted(), "hidden", example_inputs=x).eval()
-    [gates] = [m for m in model.modules() if isinstance(m, dg.Gates)]
+    [gates] = all_gates(model)
     with torch.no_grad():
         gates.gamma[[0, 2, 3, 6]] = 0
     exported = dg.export(model, x, latency=False)
@@ -631,7 +632,7 @@ def test_sizes_that_a_module_is_told_stay_open(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 16, 16)
     model = dg.gate(Pictures(), "heads", example_inputs=x).eval()
     with torch.no_grad():
-        for gates in (m for m in model.modules() if isinstance(m, dg.Gates)):
+        for gates in all_gates(model):
             gates.gamma[0] = 0
     exported = dg.export(model, x, latency=False)
     assert exported.model.mix.out.in_features == 8
@@ -660,7 +661,7 @@ def test_code_that_asks_for_whole_inputs_gets_them() -> None:
     x = torch.randn(3, 4)
     model = dg.gate(Checks(), "input_features", example_inputs=x).eval()
     with torch.no_grad():
-        next(m for m in model.modules() if isinstance(m, dg.Gates)).gamma[1:3] = 0
+        all_gates(model)[0].gamma[1:3] = 0
     assert dg.export(model, x, latency=False).model.first.in_features == 2
     exported = dg.export(model, x, latency=False, rewrite=False)
     assert exported.model.first.in_features == 4
@@ -701,7 +702,7 @@ def test_what_generates_with_a_cache_still_does(kind: type[nn.Module]) -> None:
     x = torch.randn(2, 5, 12)
     model = dg.gate(kind(), "heads", example_inputs=x).eval()
     with torch.no_grad():
-        next(m for m in model.modules() if isinstance(m, dg.Gates)).gamma[0] = 0
+        all_gates(model)[0].gamma[0] = 0
     exported = dg.export(model, x, latency=False)
     assert exported.report.rewritten == (["attention"] if kind is Generates else [])
     if kind is WithGenerate:

@@ -48,7 +48,7 @@ class Facts(Constants):
     def __init__(self, trace: Trace, elsewhere: Sequence[Mapping[Node, Any]] = ()) -> None:
         super().__init__(trace, elsewhere)
         self.units: dict[Node, list[tuple[Tensor, Tensor]]] = {}
-        self._reached_lines: dict[tuple[Node, int], Tensor] = {}
+        self._parts: dict[tuple[Node, Node, int, Node, int], bool] = {}
         self.live: dict[Node, Any] = {n: full_mask(self.values.get(n), False) for n in self.nodes}
         for node in reversed(self.nodes):
             self._find_live(node)
@@ -59,9 +59,7 @@ class Facts(Constants):
 
     def reached(self, node: Node, axis: int) -> Tensor:
         """Mark the indices along an axis that reach an output, shape ``(size,)``."""
-        if (node, axis) not in self._reached_lines:
-            self._reached_lines[node, axis] = project(self.live[node], axis)
-        return self._reached_lines[node, axis]
+        return project(self.live[node], axis)
 
     def order(self, family: Indexing) -> Tensor | None:
         """Return which index along an axis each index of the result is, where a constant vector says so."""
@@ -79,6 +77,12 @@ class Facts(Constants):
         As one table of positions serves the heads of every layer; to take part of a sum of whole activations would cost
         a copy of them. Something else that the operation reads has to gain by it.
         """
+        key = (node, n, axis, out, out_axis)
+        if key not in self._parts:  # asked again and again while widths settle
+            self._parts[key] = self._takes_part(*key)
+        return self._parts[key]
+
+    def _takes_part(self, node: Node, n: Node, axis: int, out: Node, out_axis: int) -> bool:
         if n in self.varying and torch.Size(shape_of(n)).numel() >= torch.Size(shape_of(out)).numel():
             return False
         spare = ~self.reached(out, out_axis)

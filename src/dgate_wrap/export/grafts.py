@@ -131,9 +131,10 @@ class Grafts:
         inside = set(nodes)
         given: list[Tensor] = []
         leaves, form = pytree.tree_flatten(call.arguments)
-        numbers = [leaves[at] for at in sorted(call.sized)]
-        for i, at in enumerate(sorted(call.sized)):
-            leaves[at] = Sized(i)
+        tensors, places = sum(isinstance(x, Tensor) for x in leaves), sorted(call.sized)
+        numbers = [leaves[at] for at in places]
+        for i, at in enumerate(places):
+            leaves[at] = Sized(tensors + i)
         arguments = pytree.tree_unflatten(leaves, form)
         takes = {"dict": {n: describe_tree(v, given) for n, v in arguments.items()}}
         read = {n for node in nodes for n in node.all_input_nodes if n not in inside}

@@ -38,8 +38,9 @@ class Integers:
             if node.op == "call_function" and path is not None:
                 for n in (node, *node.all_input_nodes):
                     self._note(path, n, widths)
+                inside = set(owners(node).values())
                 for n in (n for n in node.all_input_nodes if n in widths.facts.varying):
-                    for around in set(owners(node).values()) - set(owners(n).values()):
+                    for around in inside - set(owners(n).values()):
                         self._note(around, n, widths)
 
     def _note(self, path: str, node: Node, widths: Widths) -> None:

@@ -41,6 +41,7 @@ class Sized:
     """Stands for a whole number that follows from the sizes of the model's inputs, and is given to the graph."""
 
     index: int
+    """Its place among what the graph is given: after the tensors."""
 
 
 _FLAG = "use_cache"
@@ -87,7 +88,7 @@ def without_unread(tree: Any, read: Collection[int]) -> Any:
 
 
 def match_tree(tree: Any, value: Any, found: dict[int, Any]) -> bool:
-    """Find the tensors, and under -1, -2 ... the numbers, of a value that has the form of a tree; tell if it has."""
+    """Find what the graph is given, by place, in a value that has the form of a tree; tell whether it has."""
     if not isinstance(tree, dict):
         return bool(type(value) is type(tree) and value == tree)
     [(kind, inner)] = cast("dict[str, Any]", tree).items()
@@ -98,7 +99,7 @@ def match_tree(tree: Any, value: Any, found: dict[int, Any]) -> bool:
         found[inner] = value
         return True
     if kind == "number":
-        found[-1 - inner] = value
+        found[inner] = value
         return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
     if kind == "dict":
         return (
@@ -323,8 +324,7 @@ class Rewritten(nn.Module):
                     expected=f"{name} of the form it had when it was exported: {_short(tree)}",
                     mend="export with example inputs of this form, or dg.export(..., rewrite=False) to keep its code",
                 )
-        tensors, numbers = sorted(i for i in found if i >= 0), sorted((i for i in found if i < 0), reverse=True)
-        results = self._run(self, *(found[i] for i in [*tensors, *numbers]))
+        results = self._run(self, *(found[i] for i in range(len(found))))
         return build_tree(self.recipe.gives, results)
 
 
