@@ -48,6 +48,7 @@ class Facts(Constants):
     def __init__(self, trace: Trace, elsewhere: Sequence[Mapping[Node, Any]] = ()) -> None:
         super().__init__(trace, elsewhere)
         self.units: dict[Node, list[tuple[Tensor, Tensor]]] = {}
+        self._needed: dict[Node, list[Tensor]] = {}
         self._parts: dict[tuple[Node, Node, int, Node, int], bool] = {}
         self.live: dict[Node, Any] = {n: full_mask(self.values.get(n), False) for n in self.nodes}
         for node in reversed(self.nodes):
@@ -56,6 +57,13 @@ class Facts(Constants):
     def needed(self, node: Node) -> Tensor:
         """Mark the elements of a tensor-valued node that are neither constant nor unread."""
         return self.live[node] & self.unknown[node]
+
+    def needed_along(self, node: Node) -> list[Tensor]:
+        """Mark the indices along each axis that hold an element which is needed, each of shape ``(size,)``."""
+        if node not in self._needed:
+            needed = self.needed(node)
+            self._needed[node] = [project(needed, axis) for axis in range(needed.dim())]
+        return self._needed[node]
 
     def reached(self, node: Node, axis: int) -> Tensor:
         """Mark the indices along an axis that reach an output, shape ``(size,)``."""

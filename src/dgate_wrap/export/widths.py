@@ -102,9 +102,9 @@ class Widths(Vectors):
                 self.keep_whole(node, self.code_reason("it is a constant that the forward makes"))
         elif source is not None and not node.users:
             self.keep_whole(node, self.reason("the traced forward does not use it"))
-        elif node in self.facts.varying and is_any(self.facts.unknown[node]):
+        elif node in self.facts.varying:
             self._start_from(node)
-        elif node not in self.facts.varying:
+        else:
             self._start_beyond(node)
 
     def _start_beyond(self, node: Node) -> None:
@@ -121,11 +121,12 @@ class Widths(Vectors):
 
     def _start_from(self, node: Node) -> None:
         """Keep what is neither constant nor unread."""
-        needed, sized = self.facts.needed(node), self.facts.sized.get(node)
+        sized = self.facts.sized.get(node)
         if sized is not None and is_any(sized):
             said = self.says(node, "it is a constant that differs with the sizes of the inputs")
-            self.grow_elements(node, needed & sized, said)
-        self.grow_elements(node, needed, NEEDED)
+            self.grow_elements(node, self.facts.needed(node) & sized, said)
+        for axis, needed in enumerate(self.facts.needed_along(node)):
+            self.grow(node, axis, needed, NEEDED)
 
     def _settle(self) -> None:
         """Apply every operation's demand until none changes anything; only then see where constants have to go."""

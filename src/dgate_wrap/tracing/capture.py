@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from ..errors import TraceError, TraceWarning
+from .lowering import lower
 from .recorder import (
     FOLLOWED,
     PREFIX,
@@ -158,9 +159,6 @@ class Trace:
         return values
 
 
-_ASSERTIONS: tuple[Any, ...] = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default)
-
-
 def operation(node: Node) -> str:
     """Return the name of a node's operation without its overload, such as ``aten.conv2d``."""
     packet = getattr(node.target, "overloadpacket", None)
@@ -260,7 +258,8 @@ class _Forward(nn.Module):
 def _export(model: nn.Module, call: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     """Export, and require that no shape depends on the values of tensors."""
     with unchanged(model), same_random_numbers(model):
-        exported = torch.export.export(call, inputs.args, inputs.kwargs, strict=False).run_decompositions({})
+        exported = torch.export.export(call, inputs.args, inputs.kwargs, strict=False)
+        exported = lower(exported)
     for node in exported.graph.nodes:
         if any(_is_symbolic(x) for x in pytree.tree_leaves(node.meta.get("val"))):
             raise UnrecordableError(_spot_of(node), "a shape depends on the values of a tensor")
@@ -284,7 +283,7 @@ def export_open(model: nn.Module, inputs: Inputs) -> Generator[tuple[torch.expor
         with unchanged(model), same_random_numbers(model):
             exported = torch.export.export(call, given, dynamic_shapes=sizes, strict=False)
             exported._guards_code = []  # conditions on sizes, which a second trace would take minutes to write down
-            yield exported.run_decompositions({}), inputs
+            yield lower(exported), inputs
 
 
 class _Positional(_Forward):
@@ -328,9 +327,6 @@ def trace_of(
         elif kind == "constant" and isinstance(value, Tensor) and storage_of(value) in storages:
             raise UnrecordableError(None, f"{name} is a view of {storages[storage_of(value)]}, made outside of forward")
         sources[node] = Source(kind, name, value)
-    for node in list(exported.graph.nodes):
-        if node.target in _ASSERTIONS and not node.users:
-            exported.graph.erase_node(node)
     split_einsums(exported.graph_module)
     [results] = [n.args[0] for n in exported.graph.nodes if n.op == "output"]
     kinds = [s.kind for s in exported.graph_signature.output_specs]

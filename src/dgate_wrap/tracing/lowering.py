@@ -1,0 +1,190 @@
+"""Write an exported program with the operations that the rules know.
+
+``run_decompositions({})`` of torch does so for any program, by tracing all of it once more. Most programs need far less:
+of their operations only a few, such as ``reshape`` and ``batch_norm``, are made of others, which are traced here alone,
+one of each kind; and what they write in place, such as activations, nothing else sees. That takes a fifth of the time.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+_aten: Any = torch.ops.aten
+
+_ASSERTIONS = {_aten._assert_tensor_metadata.default, _aten._assert_scalar.default}
+
+
+def lower(exported: ExportedProgram) -> ExportedProgram:
+    """Return a program of functional operations; linear, convolution, attention and norms stay whole.
+
+    The program that is given may be changed. Assertions, and what nothing needs, are left out.
+    """
+    lowered = _lowered(exported.graph)
+    if lowered is None:
+        exported = exported.run_decompositions({})
+        _clean(exported.graph)
+        exported.graph_module.recompile()
+    else:
+        exported.graph_module.graph = lowered
+    return exported
+
+
+def _clean(graph: Graph) -> None:
+    for node in list(graph.nodes):
+        if node.target is _aten.detach_.default:  # nothing here has gradients
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target in _ASSERTIONS and not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _lowered(given: Graph) -> Graph | None:
+    """Return a graph of functional operations; ``None`` if they cannot be told one by one."""
+    if not all(_is_call(n) for n in given.nodes if n.op not in ("placeholder", "output")):
+        return None
+    graph = Graph()
+    graph.output(graph.graph_copy(given, {}))
+    _clean(graph)
+    known: dict[str, Graph] = {}
+    for node in [n for n in graph.nodes if _is_composite(n.target)]:
+        _replace(node, _parts(node, known))
+    seen = set[Node]()
+    for node in graph.nodes:
+        if _writes(node.target) and not _write_out_of_place(node, seen):
+            return None
+        seen.add(node)
+    _merge_numbers(graph)
+    return graph
+
+
+def _is_call(node: Node) -> bool:
+    """Tell whether a node calls an operation on tensors or numbers, and not a graph of its own."""
+    op: Any = node.target
+    if node.op != "call_function":
+        return False
+    return isinstance(op, OpOverload) or op is operator.getitem or _is_number(node.meta.get("val"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def _is_composite(op: Any) -> bool:
+    """Tell whether an operation is made of others, and its result may be one of its operands or a view of it."""
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return isinstance(op, OpOverload) and op.has_kernel_for_dispatch_key(composite) and _may_alias(op)
+
+
+def _kind(node: Node) -> str:
+    """Say what an operation is called with: nodes of one kind are made of the same parts."""
+
+    def shown(n: Node) -> str:
+        x = n.meta["val"]
+        place = node.all_input_nodes.index(n)
+        return f"%{place}: {x.dtype} {tuple(x.shape)} {x.stride()} {x.device}" if isinstance(x, Tensor) else f"%{x}"
+
+    return f"{node.target} {torch.fx.map_arg((node.args, node.kwargs), shown)}"
+
+
+def _parts(node: Node, known: dict[str, Graph]) -> Graph:
+    """Return the graph of what an operation is made of, with one placeholder for each of its input nodes."""
+    kind, inputs = _kind(node), node.all_input_nodes
+    if kind in known:
+        return known[kind]
+
+    def call(*values: Any) -> Any:
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), dict(zip(inputs, values, strict=True)).__getitem__)
+        return cast(Any, node.target)(*args, **kwargs)
+
+    values = [n.meta["val"] for n in inputs]
+    [mode] = {cast(Any, x).fake_mode for x in values if isinstance(x, Tensor)}
+    with torch.no_grad(), mode, enable_python_dispatcher():
+        traced = make_fx(call)(*(x.detach() if isinstance(x, Tensor) else x for x in values))
+    traced.graph.eliminate_dead_code()
+    known[kind] = traced.graph
+    return traced.graph
+
+
+def _replace(node: Node, part: Graph) -> None:
+    """Put the parts of an operation in its place."""
+    graph = node.graph
+    values = dict[Node, Any](zip(part.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
+    with graph.inserting_before(node):
+        for inner in part.nodes:
+            if inner.op == "call_function":
+                values[inner] = graph.node_copy(inner, values.__getitem__)
+                values[inner].meta = {**node.meta, "val": inner.meta["val"]}
+    [output] = part.find_nodes(op="output")
+    result = torch.fx.map_arg(output.args[0], values.__getitem__)
+    if isinstance(result, Node):
+        node.replace_all_uses_with(result)
+    else:
+        for user in list(node.users):
+            user.replace_all_uses_with(result[user.args[1]])
+            graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _merge_numbers(graph: Graph) -> None:
+    """Let one node, the first, give all open sizes that are equal."""
+    first: dict[Any, Node] = {}
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.op == "call_function" and _is_number(value):
+            same = first.setdefault((type(value), value.node.expr), node)
+            if same is not node:
+                node.replace_all_uses_with(same)
+                graph.erase_node(node)
+
+
+def _writes(op: Any) -> bool:
+    return isinstance(op, OpOverload) and op._schema.is_mutable
+
+
+def _write_out_of_place(node: Node, seen: set[Node]) -> bool:
+    """Replace an operation that writes into its first operand by the one that returns the result.
+
+    That is the same if nothing else shares the operand's memory: neither what it was made from, nor a view of it.
+    """
+    x, op = cast(Node, node.args[0]), _out_of_place(cast(OpOverload, node.target))
+    if op is None or not _is_new(x) or any(_may_alias(u.target) for u in x.users.keys() & seen):
+        return False
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    old, new = x.meta["val"], op(*args, **kwargs)
+    if (old.shape, old.dtype) != (new.shape, new.dtype):
+        return False
+    node.target = op
+    x.replace_all_uses_with(node, lambda user: user is not node and user not in seen)
+    return True
+
+
+def _out_of_place(op: OpOverload) -> OpOverload | None:
+    """Return the operation that gives what another writes into its first operand."""
+    written = [a for a in op._schema.arguments if a.alias_info is not None]
+    packet = getattr(_aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    other = getattr(packet, op._overloadname, None)
+    return other if written == op._schema.arguments[:1] and not _writes(other) else None
+
+
+def _is_new(node: Node) -> bool:
+    """Tell whether a tensor has memory of its own."""
+    if node.target is operator.getitem:
+        return _is_new(cast(Node, node.args[0]))
+    return node.op == "call_function" and not _may_alias(node.target)
+
+
+def _may_alias(op: Any) -> bool:
+    """Tell whether the result of an operation may share the memory of an operand."""
+    if not isinstance(op, OpOverload):
+        return op is operator.getitem
+    return torch.Tag.maybe_aliasing_or_mutating in op.tags or any(a.alias_info for a in op._schema.arguments)

@@ -1,0 +1,130 @@
+"""Lowering one operation at a time against torch's own, which traces the whole program once more."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from patterns import PATTERNS, Case
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.fx import Graph
+
+from dgate_wrap.tracing import lowering
+from dgate_wrap.tracing.capture import Inputs, operation, trace_of
+from dgate_wrap.tracing.lowering import lower
+from dgate_wrap.tracing.recorder import quiet
+
+FREE = {"aten.clone", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.sym_size"}
+"""Operations that do no more than to copy, or to name a size."""
+
+
+def operations(graph: Graph) -> Counter[str]:
+    """Count the operations of a graph that compute something."""
+    return Counter(operation(n) for n in graph.nodes if n.op == "call_function" and operation(n) not in FREE)
+
+
+def by_torch(exported: ExportedProgram, monkeypatch: pytest.MonkeyPatch) -> ExportedProgram:
+    with monkeypatch.context() as m:
+        m.setattr(lowering, "_lowered", lambda graph: None)
+        return lower(exported)
+
+
+def assert_equal(model: nn.Module, inputs: Inputs, mine: ExportedProgram, theirs: ExportedProgram) -> None:
+    traces = [trace_of(model, inputs, p) for p in (mine, theirs)]
+    a, b = ([values[n] for n in t.outputs] for t in traces for values in [t.run()])
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+class Model(nn.Module):
+    """A function of one tensor, beside a batch norm whose statistics it may use."""
+
+    def __init__(self, function: Callable[[nn.BatchNorm1d, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.bn, self.function = nn.BatchNorm1d(6), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.bn, x)
+
+
+def trained(bn: nn.BatchNorm1d, x: Tensor) -> Tensor:
+    return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, training=True)
+
+
+def written(y: Tensor) -> Tensor:
+    z = y + 1
+    y.mul_(2).add_(z)
+    return y * z
+
+
+def viewed(y: Tensor) -> Tensor:
+    z = y.view(-1)
+    y.mul_(2)
+    return z + y.view(-1)
+
+
+def sliced(y: Tensor) -> Tensor:
+    y[:, 1:3] = 0
+    return y
+
+
+BY_TORCH = {"batch_norm_that_counts", "other_type", "viewed_before", "view", "input", "slices"}
+"""Functions of which only torch can tell what is written where."""
+
+FUNCTIONS: dict[str, Callable[[nn.BatchNorm1d, Tensor], Tensor]] = {
+    "batch_norm": lambda bn, x: bn(x).relu(),
+    "batch_norm_that_counts": trained,
+    "same_kind_twice": lambda bn, x: bn(x.reshape(-1, 2, 3).flatten(1)) + x.reshape(-1, 2, 3).flatten(1),
+    "operands_become_one": lambda bn, x: x.to(torch.float32).reshape_as(x) + x.contiguous().view_as(x),
+    "lists": lambda bn, x: torch.cat([p * i for i, p in enumerate(x.chunk(3, 1))], 1),
+    "constants": lambda bn, x: x * torch.tensor([1.0, 2.0]).repeat(3) + torch.tensor(3.0).detach_(),
+    "in_place": lambda bn, x: written(F.relu_(bn(x))),
+    "in_place_of_what_was_used": lambda bn, x: written(y := bn(x)) + y,
+    "in_place_and_viewed": lambda bn, x: written(x * 2)[:, :3],
+    "other_type": lambda bn, x: x.half().add_(x),
+    "viewed_before": lambda bn, x: viewed(x * 2),
+    "view": lambda bn, x: written((x * 2).view(-1)),
+    "input": lambda bn, x: x.add_(1),
+    "slices": lambda bn, x: sliced(bn(x)),
+    "unused": lambda bn, x: (x.reshape(-1, 3), x * 2)[1],
+    "returned_as_it_is": lambda bn, x: x.to(torch.float32),
+}
+
+
+@pytest.mark.parametrize("sizes", ["fixed", "open"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_program_holds_the_operations_that_torch_gives_it(
+    name: str, sizes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = Model(FUNCTIONS[name]).eval(), torch.randn(4, 6)
+    shapes = {"x": {0: Dim.AUTO}} if sizes == "open" else None
+    with torch.no_grad(), quiet():
+        mine, theirs = (export(model, (x,), dynamic_shapes=shapes, strict=False) for _ in range(2))
+        mine, theirs = lower(mine), by_torch(theirs, monkeypatch)
+    assert operations(mine.graph) == operations(theirs.graph)
+    assert all("val" in n.meta for n in mine.graph.nodes if n.op == "call_function")
+    if sizes == "fixed":
+        assert_equal(model, Inputs((x,), {}), mine, theirs)
+
+
+@pytest.mark.parametrize("case", PATTERNS[::5], ids=lambda c: c.name)
+def test_every_pattern_holds_them_and_gives_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, args, kwargs = case.build()
+    with torch.no_grad(), quiet():
+        mine, theirs = (export(model.eval(), args, kwargs, strict=False) for _ in range(2))
+        mine, theirs = lower(mine), by_torch(theirs, monkeypatch)
+    assert operations(mine.graph) == operations(theirs.graph)
+    assert_equal(model, Inputs(args, kwargs), mine, theirs)
+
+
+def test_only_what_others_may_see_written_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: set[str] = set()
+    real = ExportedProgram.run_decompositions
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", lambda p, table: left.add(name) or real(p, table))
+    for name, function in FUNCTIONS.items():
+        with torch.no_grad(), quiet():
+            lower(export(Model(function).eval(), (torch.randn(4, 6),), strict=False))
+    assert left == BY_TORCH
