@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -681,16 +682,20 @@ class Cached(Attention):
 
 
 class Generates(nn.Module):
+    """What is encoded is seen whole, and decoded step by step."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.attention, self.head = Cached(), nn.Linear(12, 2)
+        self.encoder, self.attention, self.head = Cached(), Cached(), nn.Linear(12, 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x + self.encoder(x)[0]
         return self.head(x + self.attention(x)[0])
 
 
 class WithGenerate(Generates):
     def generate(self, x: Tensor, max_new_tokens: int, do_sample: bool) -> None:
+        x = x + self.encoder(x)[0]
         _, past = self.attention(x)
         for _ in range(max_new_tokens - 1):
             _, past = self.attention(x[:, -1:], past)
@@ -702,8 +707,40 @@ def test_what_generates_with_a_cache_still_does(kind: type[nn.Module]) -> None:
     x = torch.randn(2, 5, 12)
     model = dg.gate(kind(), "heads", example_inputs=x).eval()
     with torch.no_grad():
-        all_gates(model)[0].gamma[0] = 0
+        for gates in all_gates(model):
+            gates.gamma[0] = 0
     exported = dg.export(model, x, latency=False)
-    assert exported.report.rewritten == (["attention"] if kind is Generates else [])
+    assert set(exported.report.rewritten) == ({"encoder", "attention"} if kind is Generates else {"encoder"})
     if kind is WithGenerate:
         exported.model.generate(x, max_new_tokens=3, do_sample=False)
+
+
+@pytest.mark.parametrize("peeks", [False, True], ids=["exported", "recorded"])
+def test_inputs_into_which_a_model_writes_stay_as_they_are(peeks: bool) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x.mul_(2).add_(1)
+            if peeks and float(x.sum()) > 1e9:
+                return x
+            return self.second(self.first(x).relu())
+
+        def generate(self, x: Tensor, max_new_tokens: int, do_sample: bool) -> Tensor:
+            return x.zero_()
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    given = x.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it looks at values
+        model = dg.gate(Writes(), "hidden", example_inputs=given).eval()
+        with torch.no_grad():
+            all_gates(model)[0].gamma[1:3] = 0
+        dg.prune(model, ratio=0.3, scope="flops", example_inputs=given)
+        exported = dg.export(model, given)
+    assert torch.equal(given, x)
+    assert exported.model.first.out_features == 6
+    torch.testing.assert_close(exported.model(x.clone()), model(x.clone()))

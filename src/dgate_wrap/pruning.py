@@ -195,7 +195,8 @@ def count_flops(model: nn.Module, inputs: Inputs) -> dict[str, int]:
         # detached: the counter's hooks fail on views of parameters that are made without autograd
         detached = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
         with evaluating(model), torch.no_grad(), counter:
-            torch.func.functional_call(model, detached, inputs.args, inputs.kwargs)
+            given = inputs.map(Tensor.clone)
+            torch.func.functional_call(model, detached, given.args, given.kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     root = type(model).__name__

@@ -91,7 +91,7 @@ def record_calls(model: nn.Module, inputs: Inputs, elsewhere: Iterable[Inputs] =
     """
     calls: list[Call] = []
     with evaluating(model), torch.no_grad(), without_cache(model, inputs) as extra, watching(model, calls, []):
-        model(*inputs.args, **inputs.kwargs, **extra)
+        inputs.call(model, **extra)
     numbers = [_numbers(c) for c in calls]
     for other in elsewhere if any(numbers) else ():
         there = record_calls(model, other)
@@ -130,7 +130,7 @@ def find_culprit(
             without_cache(model, inputs) as extra,
             watching(model, calls, open_calls),
         ):
-            model(*inputs.args, **inputs.kwargs, **extra)
+            inputs.call(model, **extra)
     except Exception:
         failed = open_calls[-1] if open_calls else ""
     by_value = _Values(values, widths)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Grafts:
         plan: What is cut.
         permissions: What may be changed.
         calls: Every call of its modules on the inputs of the trace.
+        spared: Modules whose own code stays.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class Grafts:
         plan: Plan,
         permissions: Permissions,
         calls: list[Call],
+        spared: Collection[str] = (),
     ) -> None:
-        self.model, self.symbolic, self.calls = model, symbolic, calls
+        self.model, self.symbolic, self.calls, self.spared = model, symbolic, calls, spared
         self.facts, self._widths = widths.facts, widths
         self._modules = dict(model.named_modules())
         self._first = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
@@ -114,6 +116,8 @@ class Grafts:
         Raises:
             UnwritableError: If it cannot be written.
         """
+        if path in self.spared:
+            raise UnwritableError(f"{path or 'the model'} is given a cache, which its new forward would not take")
         found = [c for c in self.calls if c.path == path]
         spans = list(self._spans.get(path, {}).values())
         if not found or len(found) != len(spans):

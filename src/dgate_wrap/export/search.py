@@ -16,6 +16,7 @@ from ..tracing import Inputs
 from ..tracing.capture import owner
 from ..tracing.families import NormedWeight
 from ..tracing.symbolic import Symbolic, capture_symbolic, is_open
+from .caches import cached_uses, given_caches
 from .copies import share
 from .culprits import Call, Culprit, find_culprit, first_difference, raised_in, record_calls, values_on
 from .dead import Branch, find_dead
@@ -26,7 +27,7 @@ from .plan import Draft, Permissions, Plan, make_plan
 from .scatter import partial_rows
 from .selection import places, reduced
 from .vectors import Allowed, Frozen
-from .verify import Certificate, Mismatch, Verifier, cached_uses, to_double
+from .verify import Certificate, Mismatch, Verifier, to_double
 from .widths import Widths
 
 _WORTH = 0.98
@@ -109,19 +110,21 @@ def _smallest(search: _Search, *, rewrite: bool) -> Found:
     dead = rewrite and bool(find_dead(search.subject.facts))
     if own is not None and not (own.frozen or own.widths.held_by_code or dead):
         return own
-    if rewrite and search.open():
+    lossy: Found | None = None
+    while rewrite and search.open():
         try:
             rewritten = search.repaired(rewrite=True)
         except ExportError as e:
             failure = failure or e
-        else:
-            if own is None:
-                return rewritten
-            smaller = rewritten.size < (own.size if dead else _WORTH * own.size)
-            inputs = search.verifier.inputs[0]
-            taken = reduced(inputs, rewritten.small, rewritten.plan.taken)
-            if smaller and cached_uses(search.dense, inputs) <= cached_uses(rewritten.small, taken):
-                return rewritten
+            break
+        if own is not None and rewritten.size >= (own.size if dead else _WORTH * own.size):
+            break
+        if search.keeps_uses(rewritten):
+            return rewritten
+        lossy = lossy or rewritten
+        if not search.spare_caches():
+            break
+    own = own or lossy
     if own is None:
         assert failure is not None
         raise search.named(failure) from failure
@@ -153,11 +156,24 @@ class _Search:
         self.takes_less = False
         """Whether a network was tried that takes less than whole inputs."""
         self.whole_inputs = False
+        self._spared: frozenset[str] = frozenset()
 
     def _set(self, subject: Subject) -> None:
         self.subject = subject
         self.permissions = Permissions(subject.model, subject.facts.trace, subject.facts.families)
         self._calls: list[Call] | None = None
+
+    def keeps_uses(self, found: Found) -> bool:
+        """Tell whether a network does with its cache what the dense one does."""
+        inputs = self.verifier.inputs[0]
+        return cached_uses(self.dense, inputs) <= cached_uses(
+            found.small, reduced(inputs, found.small, found.plan.taken)
+        )
+
+    def spare_caches(self) -> bool:
+        """Let modules that are given a cache keep their own code from now on; tell whether that is news."""
+        earlier, self._spared = self._spared, given_caches(self.dense, self.verifier.inputs[0])
+        return self._spared != earlier
 
     def open(self) -> bool:
         """Analyse the graph with open sizes; tell whether there is one."""
@@ -333,7 +349,7 @@ class _Search:
         symbolic = self.subject.symbolic
         if symbolic is None:
             return None
-        return Grafts(self.subject.model, symbolic, widths, draft.plan, self.permissions, self.calls)
+        return Grafts(self.subject.model, symbolic, widths, draft.plan, self.permissions, self.calls, self._spared)
 
     def _without_dead(self, draft: Draft, grafts: Grafts | None) -> Iterator[Draft]:
         """Yield drafts without dead branches, the boldest first."""
@@ -350,7 +366,8 @@ class _Search:
         working = {owner(n) or "" for n in self.subject.facts.nodes if n.op == "call_function"}
         step: str | None = path
         while step is not None:
-            alike = {p for p, m in modules.items() if type(m) is type(modules[step])}
+            spared = step in self._spared
+            alike = {p for p, m in modules.items() if type(m) is type(modules[step]) and (p in self._spared) == spared}
             if step not in frozen.reshapes and alike & working:
                 return replace(frozen, reshapes=frozen.reshapes | alike)
             if step not in frozen.modules and alike & working:

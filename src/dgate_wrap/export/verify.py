@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
 from ..tracing import Inputs
-from ..tracing.capture import evaluating, same_random_numbers, without_cache
+from ..tracing.capture import evaluating, without_cache
 from .copies import InDouble
 from .selection import Kept, reduced
 
@@ -177,24 +177,7 @@ def run(model: nn.Module, inputs: Inputs) -> list[Any]:
     quiet = warnings.catch_warnings()
     with evaluating(model), torch.no_grad(), without_cache(model, inputs) as extra, quiet:
         warnings.simplefilter("ignore")  # of sizes that no one has asked for
-        return pytree.tree_leaves(model(*inputs.args, **inputs.kwargs, **extra))
-
-
-def cached_uses(model: nn.Module, inputs: Inputs) -> set[str]:
-    """Return what a model can do that has a key-value cache, turned on as users have it: be called, and generate."""
-    args, kwargs = inputs.args, inputs.kwargs
-    uses: dict[str, Any] = {
-        "call": lambda: model(*args, **kwargs),
-        "generate": lambda: cast(Any, model).generate(*args[:1], **kwargs, max_new_tokens=2, do_sample=False),
-    }
-    found: set[str] = set()
-    with evaluating(model), torch.no_grad(), same_random_numbers(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name, use in uses.items():
-            with contextlib.suppress(Exception):
-                use()
-                found.add(name)
-    return found
+        return pytree.tree_leaves(inputs.call(model, **extra))
 
 
 def relative_error(reference: list[Any], other: list[Any], *, any_dtype: bool = False) -> float:

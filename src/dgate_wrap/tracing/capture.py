@@ -70,6 +70,11 @@ class Inputs:
         args, kwargs = pytree.tree_map_only(Tensor, fn, (self.args, self.kwargs))
         return Inputs(args, kwargs)
 
+    def call(self, model: Any, **extra: Any) -> Any:
+        """Call a model on copies of the inputs, since a forward may write into what it is given."""
+        given = self.map(Tensor.clone)
+        return model(*given.args, **given.kwargs, **extra)
+
 
 def normalize_inputs(example_inputs: object, example_kwargs: Mapping[str, Any] | None = None) -> Inputs:
     """Return example inputs as positional and keyword arguments.
@@ -360,7 +365,8 @@ def _record(
     """Record a run and export it; return the error instead of raising it, so that it chains to none."""
     try:
         with unchanged(model, buffers=True), same_random_numbers(model):
-            recording = record(model, call, inputs.args, inputs.kwargs)
+            given = inputs.map(Tensor.clone)
+            recording = record(model, call, given.args, given.kwargs)
         return recording, _export(model, recording.replay, inputs), None
     except Exception as e:
         return None, None, e
@@ -389,7 +395,7 @@ def _repeats(trace: Trace, model: nn.Module, call: _Forward, inputs: Inputs, rec
                 p.data.copy_(_near(value))
             try:
                 with unchanged(model, buffers=True), same_random_numbers(model):
-                    expected = call(*near.map(Tensor.clone).args, **near.map(Tensor.clone).kwargs)
+                    expected = near.call(call)
                 same = _close(run(near), expected)
             except Exception:  # what came from outside does not fit any more
                 same = False
@@ -468,7 +474,7 @@ def _require_running(model: nn.Module, call: nn.Module, inputs: Inputs) -> None:
     """Require that the model runs on the example inputs."""
     try:
         with unchanged(model, buffers=True), same_random_numbers(model):
-            call(*inputs.args, **inputs.kwargs)
+            inputs.call(call)
     except Exception as e:
         if any(isinstance(x, Tensor) and x.is_meta for x in inputs.leaves()) and "meta" in str(e):
             return  # it runs, but not without values

@@ -1,0 +1,62 @@
+"""What a model does with a key-value cache, which its trace does not show."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Generator
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..tracing import Inputs
+from ..tracing.capture import evaluating, same_random_numbers
+from .verify import run
+
+
+def cached_uses(model: nn.Module, inputs: Inputs) -> set[str]:
+    """Return what a model can do that has a key-value cache, turned on as users have it: be called, and generate."""
+    first = Inputs(inputs.args[:1], inputs.kwargs)
+    uses: dict[str, Any] = {
+        "call": lambda: inputs.call(model),
+        "generate": lambda: first.call(cast(Any, model).generate, max_new_tokens=2, do_sample=False),
+    }
+    found: set[str] = set()
+    with evaluating(model), torch.no_grad(), same_random_numbers(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, use in uses.items():
+            with contextlib.suppress(Exception):
+                use()
+                found.add(name)
+    return found
+
+
+def given_caches(model: nn.Module, inputs: Inputs) -> frozenset[str]:
+    """Return the modules that are given more in such use than without a cache, and those around them."""
+    with _arguments(model) as plain:
+        run(model, inputs)
+    with _arguments(model) as cached:
+        cached_uses(model, inputs)
+    given = [path.split(".") for path, names in cached.items() if not names <= plain.get(path, set())]
+    return frozenset(".".join(path[:n]) for path in given for n in range(len(path) + 1))
+
+
+@contextlib.contextmanager
+def _arguments(model: nn.Module) -> Generator[dict[str, set[int | str]]]:
+    """Note which arguments every module is given, by place or name, those that are ``None`` left out."""
+    found: dict[str, set[int | str]] = {}
+
+    def watch(path: str, module: nn.Module) -> Any:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = [*enumerate(args), *kwargs.items()]
+            found.setdefault(path, set()).update(name for name, x in given if x is not None)
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+
+    handles = [watch(path, module) for path, module in model.named_modules()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
