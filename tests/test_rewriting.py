@@ -744,3 +744,33 @@ def test_inputs_into_which_a_model_writes_stay_as_they_are(peeks: bool) -> None:
     assert torch.equal(given, x)
     assert exported.model.first.out_features == 6
     torch.testing.assert_close(exported.model(x.clone()), model(x.clone()))
+
+
+class Windowed(nn.Module):
+    """Attention within windows of an image whose height and width stay open, all in one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.qkv, self.out = nn.Conv2d(3, 12, 2, 2), nn.Linear(12, 36), nn.Linear(12, 12)
+        self.heads, self.side = 3, 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x).permute(0, 2, 3, 1)
+        b, h, w, c = x.shape
+        s = self.side
+        y = x.view(b, h // s, s, w // s, s, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, s * s, c)
+        q, k, v = self.qkv(y).reshape(-1, s * s, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, s * s, c)
+        y = self.out(y).view(b, h // s, w // s, s, s, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
+        return (x + y).mean((1, 2))
+
+
+def test_sizes_told_by_the_number_of_elements_are_written_anew() -> None:
+    torch.manual_seed(0)
+    model = dg.gate(Windowed(), "heads", example_inputs=torch.randn(2, 3, 16, 16)).eval()
+    with torch.no_grad():
+        all_gates(model)[0].gamma[1] = 0
+    exported = dg.export(model, torch.randn(2, 3, 16, 16), latency=False)
+    assert exported.model.qkv.out_features == 24
+    x = torch.randn(3, 3, 8, 24)
+    torch.testing.assert_close(exported.model(x), model(x))

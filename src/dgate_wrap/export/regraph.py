@@ -318,7 +318,7 @@ class Writing:
         for node in self.r.symbolic.graph.nodes:
             held = node.meta.get("val")
             same = isinstance(held, torch.SymInt) and held.node.expr == expression
-            if node.op == "call_function" and same and op_name(node) != "sym_size":
+            if node.op == "call_function" and same and not any(_holds_tensor(a) for a in node.all_input_nodes):
                 args = [self._number(a.meta["val"]) if isinstance(a, Node) else a for a in node.args]
                 return self.graph.call_function(node.target, tuple(args), dict(node.kwargs))
         function = _FORMULAS.get(type(expression).__name__)
@@ -478,6 +478,10 @@ _FORMULAS: dict[str, Callable[..., Any]] = {
     "PythonMod": operator.mod,
 }
 """How the size of an axis is computed, by the kind of its formula."""
+
+
+def _holds_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
 
 
 def _same_number(a: Any, b: Any) -> bool:

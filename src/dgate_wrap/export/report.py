@@ -144,9 +144,9 @@ def _bytes(tensors: list[Any]) -> int:
 
 
 def latencies(
-    a: tuple[nn.Module, Inputs], b: tuple[nn.Module, Inputs], seconds: float = 0.6
+    a: tuple[nn.Module, Inputs], b: tuple[nn.Module, Inputs], seconds: float = 0.4
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Measure one forward of two networks, each on its inputs, run in turn for about ``seconds`` in all.
+    """Measure one forward of two networks that ran before, each on its inputs, in turn for about ``seconds`` in all.
 
     Returns:
         For each network, median seconds by module with parameters of its own; ``""`` is the whole network, measured in
@@ -159,7 +159,7 @@ def latencies(
         rounds = 0
         while rounds < 2 or (time.perf_counter() - start < seconds and rounds < 200):
             for (model, inputs), record in zip((a, b), times, strict=True):
-                if rounds % 4 == 1:
+                if rounds % 4 == 0:
                     with _clocks(model, record, device):
                         inputs.call(model)
                 _synchronize(device)
@@ -167,8 +167,7 @@ def latencies(
                 t = time.perf_counter()
                 model(*given.args, **given.kwargs)
                 _synchronize(device)
-                if rounds:  # the first warms up
-                    record.setdefault("", []).append(time.perf_counter() - t)
+                record.setdefault("", []).append(time.perf_counter() - t)
             rounds += 1
     first, second = ({n: statistics.median(t) for n, t in record.items()} for record in times)
     return first, second

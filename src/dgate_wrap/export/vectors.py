@@ -92,7 +92,8 @@ class Vectors:
         self._written: set[int] = set()
         self.keep: dict[Hashable, list[Tensor]] = {}
         self.why: dict[Hashable, list[Tensor]] = {}
-        self.changed = True
+        self.grown: set[Hashable] = set()
+        """Tensors that grew since the set was emptied."""
 
     def reason(self, text: str) -> int:
         """Return the number of a reason."""
@@ -135,7 +136,7 @@ class Vectors:
         if new.any():
             self.why[key][axis] = torch.where(new, why, self.why[key][axis])
             self.keep[key][axis] = kept | new
-            self.changed = True
+            self.grown.add(key)
 
     def keep_axis(self, key: Hashable, axis: int, why: int) -> None:
         """Keep every index of an axis."""

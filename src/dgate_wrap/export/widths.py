@@ -130,16 +130,24 @@ class Widths(Vectors):
 
     def _settle(self) -> None:
         """Apply every operation's demand until none changes anything; only then see where constants have to go."""
-        self.changed = True
-        while self.changed:
-            while self.changed:
-                self.changed = False
-                for node, family in self.facts.families.items():
-                    demand(family, node, self)
-            self.folds.clear()
-            for node, family in self.facts.families.items():
-                if isinstance(family, Contraction):
-                    self._fold(family, node)
+        asked = everyone = list(self.facts.families)
+        while True:
+            self.grown.clear()
+            for node in asked:
+                demand(self.facts.families[node], node, self)
+            if not self.grown and asked is everyone:
+                self._fold_all()
+                if not self.grown:
+                    return
+            nodes = [key for key in self.grown if isinstance(key, Node)]
+            near = {n for key in nodes for n in (key, *key.users, *key.all_input_nodes)}
+            asked = [n for n in everyone if n in near] if near and len(nodes) == len(self.grown) else everyone
+
+    def _fold_all(self) -> None:
+        self.folds.clear()
+        for node, family in self.facts.families.items():
+            if isinstance(family, Contraction):
+                self._fold(family, node)
 
     def _fill_empty(self) -> bool:
         """Keep the first index of every axis that would be left empty: a layer never becomes empty."""

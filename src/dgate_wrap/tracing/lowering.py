@@ -1,8 +1,8 @@
 """Write an exported program with the operations that the rules know.
 
-``run_decompositions({})`` of torch does so for any program, by tracing all of it once more. Most programs need less: of
-their operations only a few, such as ``reshape`` and ``batch_norm``, are made of others, which are traced here alone, one
-of each kind; and what they write in place, such as activations, nothing else sees. That takes a fifth of the time.
+``run_decompositions({})`` of torch does so for any program, by tracing all of it once more. Most programs need less:
+few of their operations, such as ``reshape`` and ``batch_norm``, are made of others, which are traced here alone, one of
+each kind; and what they write in place, such as activations, nothing else sees. That takes a fifth of the time.
 """
 
 from __future__ import annotations
