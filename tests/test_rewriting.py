@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -773,4 +774,18 @@ def test_sizes_told_by_the_number_of_elements_are_written_anew() -> None:
     exported = dg.export(model, torch.randn(2, 3, 16, 16), latency=False)
     assert exported.model.qkv.out_features == 24
     x = torch.randn(3, 3, 8, 24)
+    torch.testing.assert_close(exported.model(x), model(x))
+
+
+def test_a_trace_with_open_sizes_that_takes_too_long_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    model = dg.gate(Windowed(), "heads", example_inputs=x).eval()
+    with torch.no_grad():
+        all_gates(model)[0].gamma[1] = 0
+    monkeypatch.setattr(sys.modules[export_open.__module__], "PATIENCE", 0.0)
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.rewritten == []
+    [reason] = {k.reason.split(" (")[0] for k in exported.report.kept}
+    assert reason == "the sizes of this step are written in the code"
     torch.testing.assert_close(exported.model(x), model(x))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import time
 import warnings
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import TraceError, TraceWarning
@@ -42,6 +44,9 @@ from .recorder import (
     unchanged,
 )
 from .rewrite import split_einsums
+
+PATIENCE = 100.0
+"""Seconds that a trace with open sizes may take; it is done without if it takes longer."""
 
 Kind = Literal["parameter", "buffer", "constant", "input"]
 
@@ -275,7 +280,12 @@ def _export(model: nn.Module, call: nn.Module, inputs: Inputs) -> torch.export.E
 
 @contextlib.contextmanager
 def export_open(model: nn.Module, inputs: Inputs) -> Generator[tuple[torch.export.ExportedProgram, Inputs]]:
-    """Export with every size of the inputs left open that the model leaves open, inside the settings of a capture."""
+    """Export with every size of the inputs left open that the model leaves open, inside the settings of a capture.
+
+    Raises:
+        TimeoutError: If that takes longer than ``PATIENCE``: sizes of windows that are padded and cut again and again
+            grow into formulas over which torch ponders for many minutes.
+    """
 
     def left_open(x: Any) -> Any:
         return dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) if isinstance(x, Tensor) else None
@@ -300,7 +310,21 @@ class _Positional(_Forward):
 
     def forward(self, *args: Any) -> list[Tensor]:
         count = len(args) - len(self._names)
-        return super().forward(*args[:count], **dict(zip(self._names, args[count:], strict=True)))
+        with _Deadline(PATIENCE):
+            return super().forward(*args[:count], **dict(zip(self._names, args[count:], strict=True)))
+
+
+class _Deadline(TorchFunctionMode):
+    """Ends a forward that takes too long."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._end = time.monotonic() + seconds
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if time.monotonic() > self._end:
+            raise TimeoutError
+        return func(*args, **(kwargs or {}))
 
 
 def _is_symbolic(value: Any) -> bool:
