@@ -2,7 +2,7 @@
 
     pip install torch-pruning==1.6.1 transformers
     python benchmarks/removal.py [--cases patterns architectures] [--groupings channels hidden heads] [--share 0.5]
-                                 [--match bert] [--seconds 120] [--json FILE] [--markdown FILE]
+                                 [--match bert 'vit*'] [--seconds 120] [--json FILE] [--markdown FILE]
 
 For every model of the tests' corpus and every grouping that it has, a random share of the groups is set to zero, all
 other weights, biases and norm parameters are random. Both libraries get the same network and the same example inputs:
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fnmatch
 import json
 import multiprocessing
 import sys
@@ -41,13 +42,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 TOLERANCE = 1e-4
 
 
-def cases(kinds: list[str], match: str) -> list[Any]:
-    """Return the models of the tests' corpus."""
+def cases(kinds: list[str], match: list[str]) -> list[Any]:
+    """Return the models of the tests' corpus whose names match one of some globs."""
     from architectures import ARCHITECTURES
     from patterns import PATTERNS
 
     chosen = [*(PATTERNS if "patterns" in kinds else []), *(ARCHITECTURES if "architectures" in kinds else [])]
-    return [c for c in chosen if match in c.name]
+    return [c for c in chosen if any(fnmatch.fnmatchcase(c.name, m) for m in match)]
 
 
 @torch.no_grad()
@@ -103,10 +104,10 @@ def by_torch_pruning(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return model
 
 
-def try_case(name: str, grouping: str, share: float, kinds: list[str]) -> dict[str, Any] | None:
-    """Try one model with one grouping; ``None`` where the model has no such groups."""
+def try_case(name: str, grouping: str, share: float, kinds: list[str], column: str) -> dict[str, Any] | None:
+    """Try one model with one grouping by one of the libraries; ``None`` where the model has no such groups."""
     warnings.simplefilter("ignore")
-    [case] = [c for c in cases(kinds, name) if c.name == name]
+    [case] = cases(kinds, [name])
     model, args, kwargs = case.build()
     try:
         labels = lookup(grouping).function(model, capture(model, args, kwargs))
@@ -114,17 +115,15 @@ def try_case(name: str, grouping: str, share: float, kinds: list[str]) -> dict[s
     except dg.DGateError:
         return None
     before, whole = outputs(gated, args, kwargs), size(model)
-    row: dict[str, Any] = {"case": name, "grouping": grouping, "before": whole}
-    for column in ("dgate_wrap", "Torch-Pruning"):
-        try:
-            if column == "dgate_wrap":
-                small = dg.export(gated, args, kwargs, latency=False).model
-            else:
-                small = by_torch_pruning(dg.ungate(copy.deepcopy(gated)), args, kwargs)
-            row[column] = size(small), verdict(before, outputs(small, args, kwargs))
-        except Exception as e:
-            row[column] = whole, f"{type(e).__name__}"
-    return row
+    try:
+        if column == "dgate_wrap":
+            small = dg.export(gated, args, kwargs, latency=False).model
+        else:
+            small = by_torch_pruning(dg.ungate(copy.deepcopy(gated)), args, kwargs)
+        found = size(small), verdict(before, outputs(small, args, kwargs))
+    except Exception as e:
+        found = whole, f"{type(e).__name__}"
+    return {"case": name, "grouping": grouping, "before": whole, column: found}
 
 
 def _child(queue: Any, job: tuple[Any, ...]) -> None:
@@ -134,14 +133,15 @@ def _child(queue: Any, job: tuple[Any, ...]) -> None:
 
 def limited(job: tuple[Any, ...], seconds: float) -> dict[str, Any] | None:
     """Try a case in a process of its own."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dgate_wrap", "transformers"])
     queue = context.Queue()
     process = context.Process(target=_child, args=(queue, job))
     process.start()
     try:
         return queue.get(timeout=seconds)
     except Exception:
-        return {"case": job[0], "grouping": job[1], "before": 0} | dict.fromkeys(COLUMNS, (0, "out of time"))
+        return {job[-1]: (0, "out of time")}
     finally:
         process.terminate()
 
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["patterns", "architectures"])
     parser.add_argument("--groupings", nargs="+", default=["channels", "hidden", "heads"])
     parser.add_argument("--share", type=float, default=0.5, help="share of the groups that are dead")
-    parser.add_argument("--match", default="", help="part of the names of models")
+    parser.add_argument("--match", nargs="+", default=["*"], help="globs for the names of models")
     parser.add_argument("--seconds", type=float, default=120.0, help="limit for each case")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -169,8 +169,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for case in cases(args.cases, args.match):
         for grouping in args.groupings:
-            row = limited((case.name, grouping, args.share, args.cases), args.seconds)
-            if row is not None:
+            found = [limited((case.name, grouping, args.share, args.cases, c), args.seconds) for c in COLUMNS]
+            if None not in found:
+                row = {"case": case.name, "grouping": grouping, "before": 0}
+                for part in found:
+                    row |= part or {}
                 rows.append(row)
                 console.print(f"{case.name} {grouping} {row['before']:,}", *(f"{c}: {shown(row, c)}" for c in COLUMNS))
     table = Table("outcome", *COLUMNS, title=f"{len(rows)} networks, {args.share:.0%} of the groups dead")

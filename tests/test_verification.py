@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import randomize
+from oracles import all_gates
 from torch import Tensor, nn
 
 import dgate_wrap as dg
@@ -340,3 +341,27 @@ def test_what_a_forward_computes_in_float32_is_compared_in_float64_too(monkeypat
     plant(monkeypatch, "up", lambda _, out: out * (1 + 1e-8))
     with pytest.raises(dg.ExportError, match="not equal"):
         dg.export(gated(Narrowing(), tuple(range(0, 64, 3))), TOKENS, latency=False)
+
+
+def test_what_a_run_writes_into_attributes_does_not_stay() -> None:
+    class Shrinks(nn.Module):
+        """Its window never grows again after a short input, as that of Swin."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.window = nn.Linear(4, 8), nn.Linear(8, 2), 4
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.window = min(self.window, x.shape[1])
+            return self.second(self.first(x[:, : self.window]).relu()).mean(1)
+
+    torch.manual_seed(0)
+    x, short = torch.randn(2, 6, 4), torch.randn(2, 2, 4)
+    model = dg.gate(Shrinks(), "neurons").eval()
+    with torch.no_grad():
+        all_gates(model)[0].gamma[1:3] = 0
+    dg.prune(model, ratio=0.2, scope="flops", example_inputs=short)
+    exported = dg.export(model, x, batches=[short, x])
+    assert model.window == exported.model.window == 4
+    assert exported.model.first.out_features < 8
+    torch.testing.assert_close(exported.model(x), model(x))

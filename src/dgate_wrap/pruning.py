@@ -17,7 +17,7 @@ from .errors import PruneError
 from .gates import GatedTensor, by_gates, require_gated
 from .penalty import group_sizes
 from .tracing import Inputs, normalize_inputs
-from .tracing.capture import evaluating
+from .tracing.capture import evaluating, unchanged
 
 Scope = Literal["groups", "parameters", "flops"]
 
@@ -194,7 +194,7 @@ def count_flops(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     try:
         # detached: the counter's hooks fail on views of parameters that are made without autograd
         detached = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
-        with evaluating(model), torch.no_grad(), counter:
+        with evaluating(model), unchanged(model), torch.no_grad(), counter:
             given = inputs.map(Tensor.clone)
             torch.func.functional_call(model, detached, given.args, given.kwargs)
     finally:

@@ -8,22 +8,24 @@ from collections.abc import Generator
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..tracing import Inputs
-from ..tracing.capture import evaluating, same_random_numbers
+from ..tracing.capture import evaluating, same_random_numbers, unchanged
 from .verify import run
 
 
 def cached_uses(model: nn.Module, inputs: Inputs) -> set[str]:
     """Return what a model can do that has a key-value cache, turned on as users have it: be called, and generate."""
-    first = Inputs(inputs.args[:1], inputs.kwargs)
+    given = inputs.map(Tensor.clone)
     uses: dict[str, Any] = {
         "call": lambda: inputs.call(model),
-        "generate": lambda: first.call(cast(Any, model).generate, max_new_tokens=2, do_sample=False),
+        "generate": lambda: cast(Any, model).generate(
+            *given.args[:1], **given.kwargs, max_new_tokens=2, do_sample=False
+        ),
     }
     found: set[str] = set()
-    with evaluating(model), torch.no_grad(), same_random_numbers(model), warnings.catch_warnings():
+    with evaluating(model), torch.no_grad(), same_random_numbers(model), unchanged(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, use in uses.items():
             with contextlib.suppress(Exception):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..pruning import PruneReport, count_flops
 from ..tracing import Inputs
-from ..tracing.capture import evaluating
+from ..tracing.capture import evaluating, unchanged
 from .verify import Certificate
 
 
@@ -154,7 +154,7 @@ def latencies(
     """
     times: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
     device = next((x.device for x in a[1].leaves() if isinstance(x, Tensor)), torch.device("cpu"))
-    with evaluating(a[0]), evaluating(b[0]), torch.no_grad():
+    with evaluating(a[0]), evaluating(b[0]), unchanged(a[0]), unchanged(b[0]), torch.no_grad():
         start = time.perf_counter()
         rounds = 0
         while rounds < 2 or (time.perf_counter() - start < seconds and rounds < 200):

@@ -75,10 +75,11 @@ class Inputs:
         args, kwargs = pytree.tree_map_only(Tensor, fn, (self.args, self.kwargs))
         return Inputs(args, kwargs)
 
-    def call(self, model: Any, **extra: Any) -> Any:
-        """Call a model on copies of the inputs, since a forward may write into what it is given."""
+    def call(self, model: nn.Module, **extra: Any) -> Any:
+        """Call a model that may write into its inputs, and into its attributes; neither stays."""
         given = self.map(Tensor.clone)
-        return model(*given.args, **given.kwargs, **extra)
+        with unchanged(model):
+            return model(*given.args, **given.kwargs, **extra)
 
 
 def normalize_inputs(example_inputs: object, example_kwargs: Mapping[str, Any] | None = None) -> Inputs:
