@@ -274,7 +274,8 @@ def test_graphs_survive_being_written_down() -> None:
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     y = graph.call_function(torch.ops.aten.full.default, ([2, 3], float("-inf")), {"dtype": torch.float64})
-    graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (x, y)),))
+    z = graph.call_function(torch.ops.aten.mul.Scalar, (y, 0.6 - 0.8j))
+    graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (x, z)),))
     again = build_graph(json.loads(json.dumps(describe_graph(graph))))
     assert str(again) == str(graph)
 

@@ -192,6 +192,8 @@ def _describe(value: Any) -> Any:
         return value
     if type(value) is float:
         return value if value - value == 0 else {"float": str(value)}
+    if type(value) is complex:
+        return {"complex": str(value)}
     for kind in (torch.dtype, torch.layout, torch.memory_format):
         if isinstance(value, kind):
             return {"torch": str(value).removeprefix("torch.")}
@@ -215,8 +217,8 @@ def _build(value: Any, made: dict[str, Node]) -> Any:
         if isinstance(found, torch.dtype | torch.layout | torch.memory_format):
             return found
         raise FileFormatError(f"the plan names torch.{inner}.", expected="a dtype or layout", mend="save again")
-    if kind == "float":
-        return float(inner)
+    if kind in ("float", "complex"):
+        return {"float": float, "complex": complex}[kind](inner)
     if kind == "device":
         return torch.device(inner)
     if kind == "dict":
