@@ -17,7 +17,6 @@ it runs and differs; else what was raised is noted. Each case runs in a process 
 from __future__ import annotations
 
 import argparse
-import copy
 import fnmatch
 import json
 import multiprocessing
@@ -73,8 +72,8 @@ def verdict(before: list[Tensor], after: list[Tensor]) -> str:
 
 @torch.no_grad()
 def with_dead_groups(model: nn.Module, labels: dict[str, Tensor], share: float) -> nn.Module:
-    """Gate a model and set the gates of a random share of its groups to zero."""
-    gated = dg.gate(copy.deepcopy(model), labels).eval()
+    """Gate a model, and set the gates of a random share of its groups to zero."""
+    gated = dg.gate(model, labels).eval()
     generator = torch.Generator().manual_seed(0)
     for gates in dict.fromkeys(t.gates for t in dg.gates.gated_tensors(gated)):
         count = max(1, int(share * gates.num_groups))
@@ -119,7 +118,7 @@ def try_case(name: str, grouping: str, share: float, kinds: list[str], column: s
         if column == "dgate_wrap":
             small = dg.export(gated, args, kwargs, latency=False).model
         else:
-            small = by_torch_pruning(dg.ungate(copy.deepcopy(gated)), args, kwargs)
+            small = by_torch_pruning(dg.ungate(gated), args, kwargs)
         found = size(small), verdict(before, outputs(small, args, kwargs))
     except Exception as e:
         found = whole, f"{type(e).__name__}"
