@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from networks import randomize
 from oracles import all_gates
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import dgate_wrap as dg
 from dgate_wrap.export.recipes import build_graph, build_tree, describe_graph, describe_tree, match_tree
@@ -790,3 +792,83 @@ def test_a_trace_with_open_sizes_that_takes_too_long_is_done_without(monkeypatch
     [reason] = {k.reason.split(" (")[0] for k in exported.report.kept}
     assert reason == "the sizes of this step are written in the code"
     torch.testing.assert_close(exported.model(x), model(x))
+
+
+@dataclass
+class Outputs:
+    """What a module returns as an object that torch looks into."""
+
+    hidden: Tensor
+    extra: Tensor | None = None
+
+
+pytree.register_dataclass(Outputs)
+
+
+class Stacked(nn.Module):
+    """Layers whose dead branch can only be left out where an object is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Outputs:
+        return Outputs(x + self.down(self.up(x).relu()))
+
+
+class Framed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack, self.head = Stacked(), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stack(x).hidden)
+
+
+def test_modules_that_return_objects_are_written_anew(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 6)
+    model = dg.gate(Framed(), "blocks", example_inputs=x).eval()
+    with torch.no_grad():
+        for gates in all_gates(model):
+            gates.gamma[:] = 0
+        model.stack.down.bias.zero_()
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.rewritten == ["stack"]
+    assert list(exported.model.stack.parameters()) == []
+    assert type(exported.model.stack(x)) is Outputs
+    torch.testing.assert_close(exported.model(x), model(x))
+    dg.save(exported, tmp_path)
+    torch.testing.assert_close(dg.load(tmp_path, Framed())(x), model(x))
+    plan = tmp_path / "plan.json"
+    assert "Outputs" in plan.read_text()
+
+
+def test_a_plan_that_names_a_class_that_is_not_there_is_refused() -> None:
+    tree = {"record": ["os:system", {"dict": {}}]}
+    with pytest.raises(dg.FileFormatError, match="no dataclass"):
+        build_tree(tree, [])
+
+
+class Masked(Attention):
+    """Attention that hides later tokens behind the lowest number of its precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mask = torch.full((tokens, tokens), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)
+        y = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5 + mask).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_lowest_number_of_a_precision_follows_the_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 12, dtype=dtype)
+    model = dg.gate(Masked().to(dtype), "heads", example_inputs=x).eval()
+    with torch.no_grad():
+        all_gates(model)[0].gamma[0] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.rewritten == [""]
+    longer = torch.randn(3, 7, 12, dtype=dtype)
+    torch.testing.assert_close(exported.model(longer), model(longer))

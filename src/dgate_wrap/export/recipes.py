@@ -6,8 +6,10 @@ running anything that a file brings along.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
 
 from ..errors import ExportError, FileFormatError
 
@@ -32,7 +35,12 @@ _SYMBOLIC = {
         torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_float, torch.sym_int, torch.sym_ite, torch.sym_sum,
     )
 }  # fmt: skip
-_PROPERTIES = ("device", "dtype")
+_PROPERTIES: dict[str, Callable[[Tensor], Any]] = {
+    "device": lambda x: x.device,
+    "dtype": lambda x: x.dtype,
+    "lowest": lambda x: torch.finfo(x.dtype).min,
+    "highest": lambda x: torch.finfo(x.dtype).max,
+}
 _FORBIDDEN = frozenset({"from_file", "_assert_async"})
 
 
@@ -59,7 +67,8 @@ def describe_tree(value: Any, tensors: list[Tensor]) -> Any:
     """Return a value as plain data, with tensors replaced by their numbers, and append the tensors.
 
     Raises:
-        UndescribableError: If it holds anything but tensors, numbers, strings, lists, tuples and dicts.
+        UndescribableError: If it holds anything but tensors, numbers, strings, lists, tuples, dicts, and dataclasses
+            into which torch looks, such as the outputs of Hugging Face.
     """
     if isinstance(value, Tensor):
         tensors.append(value)
@@ -72,6 +81,8 @@ def describe_tree(value: Any, tensors: list[Tensor]) -> Any:
         return {type(value).__name__: [describe_tree(v, tensors) for v in value]}
     if type(value) is dict and all(isinstance(k, str) for k in cast("dict[Any, Any]", value)):
         return {"dict": {k: describe_tree(v, tensors) for k, v in cast("dict[str, Any]", value).items()}}
+    if (fields := _fields(value)) is not None:
+        return {"record": [_path(type(value)), describe_tree(fields, tensors)]}
     raise UndescribableError(f"a {type(value).__name__}")
 
 
@@ -84,6 +95,8 @@ def without_unread(tree: Any, read: Collection[int]) -> Any:
         return tree if inner in read else {"any": inner}
     if kind == "dict":
         return {"dict": {k: without_unread(t, read) for k, t in inner.items()}}
+    if kind == "record":
+        return {"record": [inner[0], without_unread(inner[1], read)]}
     return {kind: [without_unread(t, read) for t in inner]} if kind in ("list", "tuple") else tree
 
 
@@ -107,6 +120,8 @@ def match_tree(tree: Any, value: Any, found: dict[int, Any]) -> bool:
             and set(cast("dict[str, Any]", value)) == set(inner)
             and all(match_tree(t, cast("dict[str, Any]", value)[k], found) for k, t in inner.items())
         )
+    if kind == "record":
+        return _path(type(value)) == inner[0] and match_tree(inner[1], _fields(value), found)
     same = isinstance(value, list if kind == "list" else tuple) and len(cast("list[Any]", value)) == len(inner)
     return same and all(match_tree(t, v, found) for t, v in zip(inner, cast("list[Any]", value), strict=True))
 
@@ -120,8 +135,55 @@ def build_tree(tree: Any, tensors: Any) -> Any:
         return tensors[inner]
     if kind == "dict":
         return {k: build_tree(t, tensors) for k, t in inner.items()}
+    if kind == "record":
+        return _record(inner[0])(**build_tree(inner[1], tensors))
     made = [build_tree(t, tensors) for t in inner]
     return made if kind == "list" else tuple(made)
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    """Return the fields of a dataclass into which torch looks; ``None`` for anything else."""
+    if not dataclasses.is_dataclass(value) or _found(_path(type(value))) is None:
+        return None
+    if any(leaf is value for leaf in pytree.tree_leaves(value)):
+        return None
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _found(path: str) -> Any:
+    """Return a dataclass of a module that is loaded already; ``None`` if there is none. Nothing is imported."""
+    module, _, name = path.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
+
+
+def _record(path: str) -> Any:
+    found = _found(path)
+    if found is None:
+        raise FileFormatError(
+            f"the plan names the class {path!r}, which is no dataclass of a module that is loaded.",
+            expected="the classes of the outputs of the model that it was made of",
+            mend="build the model first: dg.load(folder, MyModel())",
+        )
+    return found
+
+
+def _require_records(tree: Any) -> None:
+    """Require that every dataclass of a tree is there."""
+    if isinstance(tree, dict):
+        [(kind, inner)] = cast("dict[str, Any]", tree).items()
+        if kind == "record":
+            _record(inner[0])
+            _require_records(inner[1])
+        elif kind in ("dict", "list", "tuple"):
+            for part in inner.values() if kind == "dict" else inner:
+                _require_records(part)
 
 
 # ---- graphs ---------------------------------------------------------------------------------------------------------
@@ -181,8 +243,8 @@ def _function(name: str) -> Any:
 
 
 def _property(value: Any, name: str) -> Any:
-    """Return the device or dtype of a tensor."""
-    return value.device if name == "device" else value.dtype
+    """Return the device or dtype of a tensor, or an extreme of its dtype."""
+    return _PROPERTIES[name](value)
 
 
 def _describe(value: Any) -> Any:
@@ -285,6 +347,7 @@ class Rewritten(nn.Module):
             holder._parameters.pop(leaf, None)
             holder._buffers.pop(leaf, None)
         self._forget_idle()
+        _require_records(recipe.gives)
         self._compile()
 
     def _forget_idle(self) -> None:

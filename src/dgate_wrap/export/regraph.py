@@ -391,14 +391,18 @@ class Writing:
         )
 
     def _here(self, value: Any) -> Any:
-        """Write a device, and the precision of the analysis, as those of what the part is given."""
-        double = value == torch.float64 and isinstance(value, torch.dtype)
-        if not double and not isinstance(value, torch.device):
+        """Write a device, the precision of the analysis, and its extremes, as those of what the part is given."""
+        if isinstance(value, torch.device):
+            name = "device"
+        elif isinstance(value, float | torch.dtype) and value in _OF_DOUBLE:
+            name = _OF_DOUBLE[value]
+        else:
             return value
         for tensor, made in self.made.items():
             held = tensor.meta.get("val")
-            if isinstance(held, Tensor) and isinstance(made, Node) and (not double or held.dtype == torch.float64):
-                return self.graph.call_function(getattr, (made, "dtype" if double else "device"))
+            fits = isinstance(held, Tensor) and (name == "device" or held.dtype == torch.float64)
+            if fits and isinstance(made, Node):
+                return self.graph.call_function(getattr, (made, name))
         return value
 
     def _layer(self, node: Node) -> Any:
@@ -478,6 +482,14 @@ _FORMULAS: dict[str, Callable[..., Any]] = {
     "PythonMod": operator.mod,
 }
 """How the size of an axis is computed, by the kind of its formula."""
+
+
+_OF_DOUBLE: dict[Any, str] = {
+    torch.float64: "dtype",
+    torch.finfo(torch.float64).min: "lowest",
+    torch.finfo(torch.float64).max: "highest",
+}
+"""What the precision of the analysis shows itself by, and what it is called."""
 
 
 def _holds_tensor(node: Node) -> bool:
