@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import TraceError, TraceWarning
-from .lowering import lower
+from .lowering import is_symbol, lower
 from .recorder import (
     FOLLOWED,
     PREFIX,
@@ -269,8 +269,7 @@ class _Forward(nn.Module):
 def _export(model: nn.Module, call: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     """Export, and require that no shape depends on the values of tensors."""
     with unchanged(model), same_random_numbers(model):
-        exported = torch.export.export(call, inputs.args, inputs.kwargs, strict=False)
-        exported = lower(exported)
+        exported = lower(torch.export.export(call, inputs.args, inputs.kwargs, strict=False))
     for node in exported.graph.nodes:
         if any(_is_symbolic(x) for x in pytree.tree_leaves(node.meta.get("val"))):
             raise UnrecordableError(_spot_of(node), "a shape depends on the values of a tensor")
@@ -330,7 +329,7 @@ class _Deadline(TorchFunctionMode):
 
 def _is_symbolic(value: Any) -> bool:
     sizes: list[Any] = list(value.shape) if isinstance(value, Tensor) else [value]
-    return any(isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool) for n in sizes)
+    return any(is_symbol(n) for n in sizes)
 
 
 def trace_of(

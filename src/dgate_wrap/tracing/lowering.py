@@ -18,6 +18,8 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .recorder import SAME
+
 _aten: Any = torch.ops.aten
 
 _ASSERTIONS = {_aten._assert_tensor_metadata.default, _aten._assert_scalar.default}
@@ -40,7 +42,7 @@ def lower(exported: ExportedProgram) -> ExportedProgram:
 
 def _clean(graph: Graph) -> None:
     for node in list(graph.nodes):
-        if node.target is _aten.detach_.default:  # nothing here has gradients
+        if node.target in SAME:  # nothing here has gradients
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target in _ASSERTIONS and not node.users:
@@ -72,10 +74,11 @@ def _is_call(node: Node) -> bool:
     op: Any = node.target
     if node.op != "call_function":
         return False
-    return isinstance(op, OpOverload) or op is operator.getitem or _is_number(node.meta.get("val"))
+    return isinstance(op, OpOverload) or op is operator.getitem or is_symbol(node.meta.get("val"))
 
 
-def _is_number(value: Any) -> bool:
+def is_symbol(value: Any) -> bool:
+    """Tell whether a number is one that torch follows, such as an open size."""
     return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
@@ -140,7 +143,7 @@ def _merge_numbers(graph: Graph) -> None:
     first: dict[Any, Node] = {}
     for node in list(graph.nodes):
         value = node.meta.get("val")
-        if node.op == "call_function" and _is_number(value):
+        if node.op == "call_function" and is_symbol(value):
             same = first.setdefault((type(value), value.node.expr), node)
             if same is not node:
                 node.replace_all_uses_with(same)

@@ -57,7 +57,7 @@ _OUTSIDE = {
     *("apply_", "map_", "map2_", "__reduce_ex__", "__deepcopy__"),
 }
 """Methods of tensors after which Python works on their memory, unseen by torch."""
-_SAME = {aten.lift_fresh.default, aten.detach_.default, aten.lift.default}
+SAME = {aten.lift_fresh.default, aten.detach_.default, aten.lift.default}
 """Operations that return their operand."""
 
 
@@ -295,7 +295,7 @@ class _Recorder(TorchDispatchMode):
             for x in operands:
                 self.read(x, "branches on the value of a tensor" if packet in _BRANCHES else _NUMBER)
             return func(*args, **kwargs)
-        if func in _SAME:
+        if func in SAME:
             node = self._node(args[0])
             self._nodes[result := func(*args, **kwargs)] = node
             return result

@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .capture import Inputs, Trace, capture, export_open, normalize_inputs, trace_of
+from .lowering import is_symbol
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,11 +123,11 @@ def is_open(size: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)
+    return is_symbol(value) or isinstance(value, int | float | bool)
 
 
 def _number(value: Any) -> Any:
-    return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
+    return value.node.hint if is_symbol(value) else value
 
 
 def _example(value: Any) -> Any:
