@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from exports import CASES, exports
 from networks import randomize
+from processes import in_two_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -281,23 +280,17 @@ def test_every_stock_layer_is_called_if_it_does_the_same() -> None:
 
 
 def _step(rank: int, models: list[nn.Module], inputs: list[Inputs], folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     for i, (model, given) in enumerate(zip(models, inputs, strict=True)):
         wrapped = DistributedDataParallel(model)
         loss_of(wrapped, {n: x[2 * rank : 2 * rank + 2] for n, x in given.items()}).backward()
         if rank == 0:
             torch.save([p.grad for p in model.parameters()], f"{folder}/{i}")
-        del wrapped  # it holds the group, whose threads must end before the process does
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_train_it_like_one(tmp_path: Path) -> None:
     names = ["conv", "rewritten", "dead branch", "inputs", "lstm"]
     models, inputs = [copy.deepcopy(exports(n)[1].model).eval() for n in names], [CASES[n].draw(4) for n in names]
-    mp.spawn(_step, (models, inputs, str(tmp_path)), nprocs=2)
+    in_two_processes(tmp_path, _step, models, inputs, str(tmp_path))
     for i, (name, model, given) in enumerate(zip(names, models, inputs, strict=True)):
         loss_of(model, given).backward()
         for p, found in zip(model.parameters(), torch.load(tmp_path / str(i)), strict=True):

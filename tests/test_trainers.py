@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import in_two_processes
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
@@ -298,12 +299,9 @@ def test_transformers_hands_back_a_model_to_export(tmp_path: Path) -> None:
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
-def in_two_processes(rank: int, kind: str, rendezvous: str, references: list[list[Tensor]]) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+def check(rank: int, kind: str, references: list[list[Tensor]]) -> None:
     checks = {"ddp": check_ddp, "fsdp": check_fsdp}[kind](rank, references)
     assert max(checks.values()) < 1e-6, checks
-    torch.distributed.destroy_process_group()
 
 
 def shared_steps(rank: int, model: nn.Module, optimizer: Optimizer, penalty: Any = lambda: 0.0) -> None:
@@ -371,8 +369,6 @@ def check_fsdp(rank: int, references: list[list[Tensor]]) -> dict[str, float]:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_equal_one(kind: str, tmp_path: Path) -> None:
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("needs gloo")
     references = [by_hand(5)]
     if kind == "fsdp":
         model = make(partial())
@@ -386,8 +382,7 @@ def test_two_processes_equal_one(kind: str, tmp_path: Path) -> None:
                 (F.cross_entropy(model(x), y) + penalty()).backward()
                 optimizer.step()
         references.append(state(model))
-    arguments = (kind, str(tmp_path / "rendezvous"), references)
-    torch.multiprocessing.spawn(in_two_processes, arguments, nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    in_two_processes(tmp_path, check, kind, references)
 
 
 # -- states, copies, averages, schedules -------------------------------------------------------------------------------
