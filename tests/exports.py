@@ -47,6 +47,22 @@ class Transformer(nn.Module):
         return self.head(x + self.attention(self.norm(x)))
 
 
+class Experts(nn.Module):
+    """Stacked experts with two hidden layers, mixed by a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"up": (4, 6, 12), "bias": (4, 12), "mid": (4, 12, 9), "down": (4, 9, 6)}
+        for name, size in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(size) / 3))
+        self.router, self.head = nn.Linear(6, 4), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (torch.einsum("bd,edh->beh", x, self.up) + self.bias).relu()
+        h = torch.einsum("beh,ehk->bek", h, self.mid).relu()
+        return self.head(torch.einsum("be,bek,ekd->bd", self.router(x).softmax(-1), h, self.down))
+
+
 class Table(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -130,6 +146,7 @@ CASES = {
         zeros=("blocks.0.conv2.weight", "blocks.0.bn2.weight"), rewritten=("blocks.0",),
     ),
     "inputs": Case(Table, ["input_features", dg.Select("down.weight", axis=1)], _draw("x", 10)),
+    "experts": Case(Experts, "hidden", _draw("x", 6)),
     "lstm": Case(Reader, "rnn", _draw("x", 4, 5)),
     "llama": Case(
         functools.partial(_transformers, "LlamaForCausalLM", num_key_value_heads=2, use_cache=False),

@@ -141,3 +141,24 @@ def test_generation_with_a_cache_goes_on_and_files_of_its_own_load(
         again = type(small).from_pretrained(tmp_path).eval()
         with torch.no_grad():
             assert torch.equal(again(**kwargs)[0], small(**kwargs)[0])
+
+
+def test_heads_that_are_dead_in_some_layers_only_go_beside_a_cache() -> None:
+    model, _, kwargs = build("t5")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    places = ["encoder.block.0.layer.0.SelfAttention", "encoder.block.1.layer.0.SelfAttention"]
+    heads = torch.arange(4).repeat_interleave(8).view(-1, 1)
+    dg.gate(model.eval(), {f"{place}.v.weight": heads + 4 * i for i, place in enumerate(places)})
+    with torch.no_grad():
+        for t, dead in zip(dg.gates.gated_tensors(model), ([0], [1, 2]), strict=True):
+            t.gates.gamma[dead] = 0
+    exported = dg.export(model, kwargs, latency=False)
+    small: Any = exported.model
+    assert exported.report.rewritten == places
+    assert [small.get_submodule(place).v.out_features for place in places] == [24, 16]
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    tokens = kwargs["input_ids"]
+    assert torch.equal(small.generate(tokens, **options), model.generate(tokens, **options))

@@ -188,6 +188,7 @@ def test_it_is_gated_and_exported_again(name: str, small: nn.Module, draw: Calla
         "dead branch": "channels",
         "inputs": dg.Select("down.weight", axis=1),
         "lstm": "rnn",
+        "experts": "hidden",
     }.get(name, "heads")
     small.train()
     dg.gate(small, groups, example_kwargs=draw(3))

@@ -60,7 +60,7 @@ EXACT_REASONS = (
     "something alive",
     "input of the model",
     "output of the model",
-    "model's output depends on it",
+    "output depends on others at the same index",
 )
 
 

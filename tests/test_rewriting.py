@@ -872,3 +872,46 @@ def test_the_lowest_number_of_a_precision_follows_the_precision(dtype: torch.dty
     assert exported.report.rewritten == [""]
     longer = torch.randn(3, 7, 12, dtype=dtype)
     torch.testing.assert_close(exported.model(longer), model(longer))
+
+
+class TakesMask(Attention):
+    """Attention that is given a mask, or none where it masks nothing."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **flags: Any) -> Tensor:  # type: ignore[override]
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).split(width, dim=2)
+        q, k, v = (t.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class SkipsMask(nn.Module):
+    """It makes a mask that masks nothing only where it cannot look at it, which is while it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = TakesMask(), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.arange(x.shape[1], device=x.device) >= 0
+        mask = mask[None, None, None].expand(x.shape[0], 1, x.shape[1], -1) if torch.compiler.is_compiling() else None
+        return self.head(x + self.attention(x, mask, output_attentions=False))
+
+
+def test_what_follows_from_sizes_alone_is_computed_where_it_is_read() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 12)
+    model = dg.gate(SkipsMask(), "heads", example_inputs=x).eval()
+    with torch.no_grad():
+        all_gates(model)[0].gamma[1] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.rewritten == ["attention"]
+    other = torch.randn(3, 7, 12)
+    torch.testing.assert_close(exported.model(other), model(other))
+    y = torch.randn(2, 4, 12)
+    for flag in (None, False):  # as others may call it
+        torch.testing.assert_close(
+            exported.model.attention(y, output_attentions=flag, use_cache=False), model.attention(y)
+        )
+    with pytest.raises(dg.ExportError, match="flags="):
+        exported.model.attention(y, output_attentions=True)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ExportError
+from ..errors import ExportError, TraceError
 from ..gates import GatedTensor, Gates, by_gates, require_gated
 from ..gating import ungate
 from ..pruning import PruneReport, prune
 from ..tracing import Inputs, capture, normalize_inputs
 from ..tracing.capture import all_tensors
+from .alignment import find_orders, reorder_, reordered
 from .configs import express
 from .copies import separate_, share, weight_bytes
 from .facts import Facts
@@ -128,20 +129,26 @@ def export(
         subject, doubled, given, why = _analyse(dense, inputs, clock)
         _require_varying_output(subject.facts, pruning)
         verifier = Verifier(dense, doubled, inputs, why, given, one_by_one=weight_bytes(dense) > _LARGE)
-        with clock("search"):
-            found = smallest(dense, subject, verifier, rewrite=rewrite, select_inputs=select_inputs)
+        options = {"rewrite": rewrite, "select_inputs": select_inputs}
+        with clock("analysis"):
+            orders = find_orders(subject.model, subject.facts, verifier)
+        found = _in_order(dense, subject, verifier, orders, options, clock) if orders else None
+        if found is None:
+            orders = {}
+            with clock("search"):
+                found = smallest(dense, subject, verifier, **options)
         clock.seconds["search"] -= verifier.checking
         certificate = _check_batches(verifier, found, batches, example_kwargs)
         clock.seconds["verification"] = verifier.preparing + verifier.checking
         with clock("report"):
-            report = _report(dense, found, certificate, inputs, pruning, labels, dead, latency)
+            report = _report(dense, found, certificate, inputs, pruning, _in_new_order(labels, orders), dead, latency)
             taken = [reduced(x, found.small, found.plan.taken) for x in verifier.inputs]
             report = replace(report, config=express(dense, found.small, taken))
         separate_(found.small, model, dense)
     for name, module in found.small.named_modules():
         module.training = model.get_submodule(name).training
     report = replace(report, seconds=clock.seconds)
-    return Exported(found.small, found.plan, report, signature(dense), _dropped(dense, found))
+    return Exported(found.small, _with_orders(found.plan, orders), report, signature(dense), _dropped(dense, found))
 
 
 def _dropped(dense: nn.Module, found: Found) -> dict[str, Tensor]:
@@ -221,6 +228,39 @@ def _subject(model: nn.Module, inputs: Inputs, clock: _Clock) -> Subject:
         return Subject(model, inputs, Facts(trace))
 
 
+_Labels = list[tuple[Gates, list[tuple[str, Tensor]]]]
+
+
+def _in_order(
+    dense: nn.Module,
+    subject: Subject,
+    verifier: Verifier,
+    orders: dict[str, Cut],
+    options: dict[str, bool],
+    clock: _Clock,
+) -> Found | None:
+    """Search with the indices of parameters in another order; ``None`` if no network is found equal so."""
+    try:
+        other = _subject(reorder_(share(subject.model), orders), subject.inputs, clock)
+        with clock("search"):
+            return smallest(reorder_(share(dense), orders), other, verifier, **options)
+    except (ExportError, TraceError):
+        return None
+
+
+def _in_new_order(labels: _Labels, orders: dict[str, Cut]) -> _Labels:
+    return [
+        (gates, [(n, reordered(index, orders[n]) if n in orders else index) for n, index in members])
+        for gates, members in labels
+    ]
+
+
+def _with_orders(plan: Plan, orders: dict[str, Cut]) -> Plan:
+    """Return a plan for tensors whose indices are in the order of the user's model."""
+    cuts = {n: orders[n].then(cut) if n in orders else cut for n, cut in plan.cuts.items()}
+    return replace(plan, cuts={**orders, **cuts})
+
+
 def _require_varying_output(facts: Facts, pruning: PruneReport) -> None:
     outputs = [n for node in facts.nodes if node.op == "output" for n in node.all_input_nodes]
     varies = any(bool(facts.unknown[n].any()) for n in outputs if isinstance(facts.unknown[n], Tensor))
@@ -234,7 +274,7 @@ def _report(
     certificate: Certificate,
     inputs: Inputs,
     pruning: PruneReport,
-    labels: list[tuple[Gates, list[tuple[str, Tensor]]]],
+    labels: _Labels,
     dead: dict[int, Tensor],
     latency: bool,
 ) -> Report:
@@ -295,7 +335,7 @@ def _stays(cut: Cut | None, index: Tensor) -> Tensor:
     if cut is None:
         return torch.ones(index.shape, dtype=torch.bool)
     shared = [a for a, n in enumerate(index.shape) if n == 1]
-    if cut.columns is not None:
+    if cut.gathers:
         return cut.mask().any(shared, keepdim=True) if shared else cut.mask()
     out = torch.ones(index.shape, dtype=torch.bool)
     for axis, kept in cut.axes.items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..tracing import Inputs
 from ..tracing.capture import evaluating, same_random_numbers, unchanged
+from .recipes import plain_signature, says_no
 from .verify import run
 
 
@@ -46,13 +47,16 @@ def given_caches(model: nn.Module, inputs: Inputs) -> frozenset[str]:
 
 @contextlib.contextmanager
 def _arguments(model: nn.Module) -> Generator[dict[str, set[int | str]]]:
-    """Note which arguments every module is given, by place or name, those that are ``None`` left out."""
+    """Note which arguments every module is given, those that are ``None`` or what they are by default left out."""
     found: dict[str, set[int | str]] = {}
 
     def watch(path: str, module: nn.Module) -> Any:
+        defaults: dict[int | str, Any] = {name: default for name, _, default in plain_signature(module)}
+
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = [*enumerate(args), *kwargs.items()]
-            found.setdefault(path, set()).update(name for name, x in given if x is not None)
+            given = dict(zip([*defaults, *range(len(args))], args, strict=False)) | kwargs
+            more = {n for n, x in given.items() if not (x is None or x is defaults.get(n) or says_no(n, x))}
+            found.setdefault(path, set()).update(more)
 
         return module.register_forward_pre_hook(before, with_kwargs=True)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import FileFormatError
 from .api import Exported, signature
-from .plan import Cut, Plan
+from .plan import Cut, Gather, Plan
 from .recipes import Recipe, build_graph
 from .scatter import Scatter, filled_name
 from .selection import buffers
@@ -128,7 +128,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 def _cut(c: dict[str, Any]) -> Cut:
     axes = {int(a): list(kept) for a, kept in c["axes"].items()}
-    return Cut(tuple(c["shape"]), axes, int(c["groups"]), c["columns"])
+    return Cut(tuple(c["shape"]), axes, [Gather(**g) for g in c["gathers"]])
 
 
 def _digest(plan: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -24,40 +25,74 @@ from .widths import Widths
 
 
 @dataclass(frozen=True)
+class Gather:
+    """Which indices stay along an axis whose kept indices differ along others, in their new order.
+
+    Args:
+        axis: The axis.
+        along: The others, in order.
+        rows: The kept indices at each place along those, in the order of memory; all rows are of one length. If there
+            are fewer rows than places, each stands for a block of places.
+    """
+
+    axis: int
+    along: list[int]
+    rows: list[list[int]]
+
+    def places(self, shape: tuple[int, ...]) -> Tensor:
+        """Return the kept indices at each place of a tensor of some shape, shape ``(*places, kept)``."""
+        sizes = [shape[a] for a in self.along]
+        rows = torch.tensor(self.rows)
+        return rows.repeat_interleave(math.prod(sizes) // len(rows), 0).view(*sizes, -1)
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """Return what stays of a tensor."""
+        ends, front = (*self.along, self.axis), range(len(self.along) + 1)
+        moved = tensor.movedim(ends, tuple(front))
+        places = self.places(tuple(tensor.shape)).to(tensor.device)
+        index = places.view(*places.shape, *[1] * (moved.dim() - len(front)))
+        index = index.expand(*places.shape, *moved.shape[len(front) :])
+        return moved.gather(len(self.along), index).movedim(tuple(front), ends)
+
+
+@dataclass(frozen=True)
 class Cut:
     """What stays of one parameter or buffer.
 
     Args:
         shape: Its shape before.
-        axes: Kept indices of every axis that loses some.
-        groups: Of a grouped convolution's weight: the number of groups before.
-        columns: Of such a weight: the kept channels that lie along axis 1, numbered over all groups.
+        axes: Per axis that loses some, its kept indices, in their new order.
+        gathers: Done before, one after the other: axes whose kept indices differ along another axis, as those of the
+            weight of a grouped convolution do between its groups, or those of stacked experts between the experts.
     """
 
     shape: tuple[int, ...]
     axes: dict[int, list[int]] = field(default_factory=dict)
-    groups: int = 1
-    columns: list[int] | None = None
+    gathers: list[Gather] = field(default_factory=list[Gather])
 
     def apply(self, tensor: Tensor) -> Tensor:
         """Return what stays of a tensor of the shape before."""
-        if self.columns is not None:
-            tensor = self._cut_columns(tensor)
+        for gather in self.gathers:
+            tensor = gather.apply(tensor)
         for axis, kept in self.axes.items():
             tensor = tensor.index_select(axis, torch.tensor(kept, device=tensor.device))
         return tensor.contiguous()
 
-    def _cut_columns(self, tensor: Tensor) -> Tensor:
-        """Cut axis 1, whose kept indices differ between the groups of rows; rows of removed groups get any."""
-        width = tensor.shape[1]
-        per_group: list[list[int]] = [[] for _ in range(self.groups)]
-        for c in cast("list[int]", self.columns):
-            per_group[c // width].append(c % width)
-        count = max(map(len, per_group))
-        index = torch.tensor([g if len(g) == count else list(range(count)) for g in per_group], device=tensor.device)
-        rows = index.repeat_interleave(tensor.shape[0] // self.groups, 0)
-        rows = rows.view(*rows.shape, *[1] * (tensor.dim() - 2))
-        return tensor.gather(1, rows.expand(*rows.shape[:2], *tensor.shape[2:]))
+    def then(self, cut: Cut) -> Cut:
+        """Return what this cut, which only changes the order of indices, and another one after it do together."""
+        gathers = list(self.gathers)
+        for gather in cut.gathers:
+            places = gather.places(self.shape)
+            if gather.axis in self.axes:
+                places = torch.tensor(self.axes[gather.axis])[places]
+            for i, a in enumerate(gather.along):
+                if a in self.axes:
+                    places = places.index_select(i, torch.tensor(self.axes[a]).argsort())
+            gathers.append(replace(gather, rows=places.flatten(0, -2).tolist()))
+        done = {gather.axis for gather in cut.gathers}
+        before = {a: order for a, order in self.axes.items() if a not in done}
+        axes = {a: [before[a][i] for i in kept] if a in before else kept for a, kept in cut.axes.items()}
+        return Cut(self.shape, {**before, **axes}, gathers)
 
     def mask(self) -> Tensor:
         """Mark the elements that stay, in the shape before."""
@@ -474,10 +509,17 @@ def _find_cuts(widths: Widths) -> dict[str, Cut]:
         shape, axes = tuple(source.value.shape), cut_axes(widths.keep[node])
         columns = widths.keep.get(Columns(node))
         if columns is not None and not columns[0].all():
-            cuts[source.name] = Cut(shape, axes, grouped[node], _places(columns[0]))
+            cuts[source.name] = Cut(shape, axes, [_by_group(columns[0], grouped[node])])
         elif axes:
             cuts[source.name] = Cut(shape, axes)
     return cuts
+
+
+def _by_group(columns: Tensor, groups: int) -> Gather:
+    """Return which columns of each group of a grouped convolution stay; rows of groups that go get any."""
+    kept = [_places(c) for c in columns.view(groups, -1)]
+    count = max(map(len, kept))
+    return Gather(1, [0], [c if len(c) == count else list(range(count)) for c in kept])
 
 
 def _constant(family: Contraction, weight: Tensor, x: Tensor, values: Tensor) -> Tensor:

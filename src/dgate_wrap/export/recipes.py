@@ -55,6 +55,9 @@ class Sized:
 _FLAG = "use_cache"
 """A flag that models pass on to layers, which do nothing with it: the cache itself is another argument."""
 
+_OUTPUTS = ("output_attentions", "output_hidden_states")
+"""Flags of models that ask for more outputs; to say no is to leave them out."""
+
 
 class UndescribableError(Exception):
     """A value that a recipe cannot hold; the message says which."""
@@ -409,15 +412,20 @@ def bind(signature: list[tuple[str, int, Any]], args: tuple[Any, ...], kwargs: d
         if kind == inspect.Parameter.VAR_POSITIONAL:
             found[name], given = tuple(given), []
         elif kind == inspect.Parameter.VAR_KEYWORD:
-            found[name], rest = {k: v for k, v in rest.items() if k != _FLAG}, {}
-        elif given and kind != inspect.Parameter.KEYWORD_ONLY:
-            found[name] = given.pop(0)
+            found[name], rest = {k: v for k, v in rest.items() if k != _FLAG and not says_no(k, v)}, {}
         else:
-            found[name] = rest.pop(name, default)
+            positional = given and kind != inspect.Parameter.KEYWORD_ONLY
+            value = given.pop(0) if positional else rest.pop(name, default)
+            found[name] = default if says_no(name, value) and not default else value
     if given or rest:
         raise TypeError(f"unexpected arguments: {len(given)} positional, {sorted(rest)}")
     found.pop(_FLAG, None)
     return found
+
+
+def says_no(name: int | str, value: Any) -> bool:
+    """Tell whether an argument says no to outputs that nobody gets without it."""
+    return name in _OUTPUTS and (value is None or value is False)
 
 
 def _short(value: Any) -> str:

@@ -268,6 +268,10 @@ class Writing:
         if constant is not None:
             self.made[node] = self._emit_constant(node, constant)
             return self.made[node]
+        twin = self.r.symbolic.twins.get(node)
+        if node.op == "call_function" and twin is not None and twin not in self.facts.varying:
+            self.made[node] = self._write(node)  # a mask, say, which follows from sizes and from what is its own
+            return self.made[node]
         raise UnwritableError(f"it reads {node.name} of {where(node)}, which it is not given")
 
     def _number(self, value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import cast
@@ -361,13 +362,12 @@ class _Search:
             yield grafts.without(draft, [Branch((p,), None) for b in branches for p in b.paths])
 
     def _colder(self, frozen: Frozen, path: str) -> Frozen | None:
-        """Keep more whole of a module and those of its class, or of one around it; ``None`` if nothing is left."""
+        """Keep more whole of a module and those at its place in other layers, or of one around it; else ``None``."""
         modules = dict(self.subject.model.named_modules())
         working = {owner(n) or "" for n in self.subject.facts.nodes if n.op == "call_function"}
         step: str | None = path
         while step is not None:
-            spared = step in self._spared
-            alike = {p for p, m in modules.items() if type(m) is type(modules[step]) and (p in self._spared) == spared}
+            alike = {p for p, m in modules.items() if type(m) is type(modules[step]) and place(p) == place(step)}
             if step not in frozen.reshapes and alike & working:
                 return replace(frozen, reshapes=frozen.reshapes | alike)
             if step not in frozen.modules and alike & working:
@@ -407,6 +407,11 @@ class _Search:
                     patch = fewer  # noqa: PLW2901
             return draft.patched(patch)
         return None
+
+
+def place(path: str) -> str:
+    """Return where in its layer a module lies: its path without the numbers."""
+    return re.sub(r"\d+", "#", path)
 
 
 def _like(model: nn.Module, name: str, value: Tensor) -> Tensor:

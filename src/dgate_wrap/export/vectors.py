@@ -87,7 +87,7 @@ class Vectors:
     def __init__(self, facts: Facts, allowed: Allowed) -> None:
         self.facts = facts
         self.allowed = allowed
-        self.reasons: list[str] = ["the model's output depends on it"]
+        self.reasons: list[str] = ["the model's output depends on others at the same index"]
         self._ids: dict[str, int] = {self.reasons[0]: NEEDED}
         self._written: set[int] = set()
         self.keep: dict[Hashable, list[Tensor]] = {}

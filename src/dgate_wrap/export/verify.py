@@ -372,6 +372,14 @@ class Verifier:
         finally:
             self.checking += time.perf_counter() - start
 
+    def agrees(self, exact: nn.Module) -> bool:
+        """Tell whether a network in the precision of the analysis computes on the example what the reference does."""
+        first = self._references[0]
+        inputs, reference = first.inputs.map(Tensor.cpu), first.own
+        if self._doubled is not None and first.double is not None:
+            inputs, reference = inputs.map(to_double), first.double
+        return relative_error(reference, run(exact, inputs)) <= self._tolerance[_OWN]
+
     def _tolerance_of(self, *, computed: bool) -> dict[str, float]:
         """Return the tolerances: constants that were computed in the model's own precision are as exact as that."""
         rough = self._one_by_one and computed and _DOUBLE in self._tolerance

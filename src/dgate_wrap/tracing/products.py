@@ -58,7 +58,7 @@ class Products(Weights):
         free = {s: set(axes[s]) - summed for s in "ab"}
         shared = free["a"] & free["b"]
         own = {s: not along[s] and self._varies_along(words[s], axes[s], free[s] - shared or free[s]) for s in "ab"}
-        if family.a in self.attending or family.b in self.attending:
+        if summed and (family.a in self.attending or family.b in self.attending):
             weights, values = ("a", "b") if family.a in self.attending else ("b", "a")
             if not along[values] and not self._differ(words[values], axes[values], summed):
                 self._attend_values(node, words[values], axes[values], axes[weights], summed)
