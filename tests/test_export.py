@@ -194,6 +194,50 @@ def test_a_bias_is_made_where_constants_need_one() -> None:
     assert_equal(model, result.model, torch.randn(2, 4).double(), 1e-12)
 
 
+class Reads(nn.Module):
+    """A recurrent layer, or a single step of one, reads what dead filters leave behind."""
+
+    def __init__(self, kind: Any, **options: Any) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(3, 8, 3, padding=1), nn.BatchNorm1d(8)
+        self.read, self.last = kind(8, 5, **options), nn.LazyLinear(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).sigmoid()
+        read = self.read(x.mean(2)) if isinstance(self.read, nn.RNNCellBase) else self.read(x.permute(2, 0, 1))
+        return self.last(read[0] if isinstance(read, tuple) else read)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.LSTM, {"bidirectional": True, "num_layers": 2}),
+        (nn.GRU, {"bidirectional": True}),
+        (nn.RNN, {}),
+        (nn.LSTM, {"proj_size": 3}),
+        (nn.GRUCell, {}),
+        (nn.LSTMCell, {}),
+    ],
+)
+def test_a_recurrent_layer_takes_constants_into_its_biases_or_on_one_channel(
+    kind: Any, options: Any, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6).double()
+    model = Reads(kind, bias=bias, **options).double()
+    model(x)
+    randomize(model.eval(), torch.Generator().manual_seed(1))
+    said = dg.explain(model, "filters", x)["conv.weight"]
+    assert said.verdict == ("exactly" if bias else "with compensation")
+    dg.gate(model, "filters")
+    zero_groups(model, "conv.weight", [1, 2, 6])
+    result = dg.export(model, x)
+    assert result.model.conv.out_channels == (5 if bias else 6)
+    assert result.model.read.input_size == result.model.conv.out_channels
+    assert_equal(model, result.model, torch.randn(2, 3, 9).double(), 1e-12)
+
+
 def test_a_module_applied_twice_keeps_constants_that_two_uses_do_not_share() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

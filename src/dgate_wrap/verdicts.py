@@ -151,14 +151,20 @@ class Judge:
         return out
 
     def _padded(self, structure: Structure) -> Tensor:
-        """Return the classes that are a constant, not zero, where a contraction with zero padding reads them."""
+        """Return the classes that are a constant, not zero, where what reads them has no bias to take it over."""
         out = torch.zeros(self.size, dtype=torch.int64)
         for node, family in self.families.items():
-            words = structure.words.get(family.x) if isinstance(family, Contraction) and family.padded else None
+            if isinstance(family, Contraction) and family.padded:
+                since = "zeros are padded"
+            elif isinstance(family, Recurrence) and any(m.bias is None for m in family.maps):
+                since = "the layer has none"
+            else:
+                continue
+            words = structure.words.get(family.x)
             if isinstance(words, Tensor):
                 words = compact(words)
                 found = self.structure.classes(label_of(words)[(words >= 0) & (state_of(words) == FIXED)])
-                why = "its constant goes into no bias, since zeros are padded: one channel carries it for all"
+                why = f"its constant goes into no bias, since {since}: one channel carries it for all"
                 out[found] = self.number(f"{why} ({operation(node)}, {where(node)})")
         return out
 

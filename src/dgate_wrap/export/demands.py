@@ -435,10 +435,6 @@ def _demand_cell(w: Vectors, family: Recurrence, node: Node, layer: int) -> None
         w.link(w_hr, 1, units, 0)
     if layer < family.directions:
         w.link(w_ih, 1, family.x, -1)
-        constant = project(w.facts.nonzero_constant(family.x), -1)
-        used = project(w.facts.values[w_ih] != 0, 1)
-        said = w.says(node, "it is a constant that cannot be folded here")
-        w.grow(family.x, -1, constant & used, said)
     else:
         below = layer - layer % family.directions - family.directions
         _join(w, [_ends(w, family, node, below + d) for d in range(family.directions)], w_ih, 1)

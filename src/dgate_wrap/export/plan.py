@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from ..tracing import Trace
 from ..tracing.capture import owner
-from ..tracing.families import Contraction, Mixing, NormedWeight
+from ..tracing.families import Contraction, Mixing, NormedWeight, Recurrence
 from .demands import norms
 from .recipes import Recipe, Rewritten
 from .scatter import Scatter, filled_name, find_scatters
@@ -306,19 +306,21 @@ class Permissions:
 
     def bias_owner(self, node: Node) -> str | None:
         """Return the layer that can be given a bias for a contraction, or ``None``."""
-        family = cast(Contraction, self._families[node])
+        family = self._families[node]
+        if not isinstance(family, Contraction):
+            return None
         held = self._owner(family.weight)
         missing = held is not None and cast(Any, held[1]).bias is None
         return held[0] if held is not None and missing and len(family.weight.users) == 1 else None
 
     def can_bias(self, node: Node) -> bool:
-        """Tell whether the bias of a contraction may be changed, or made."""
-        family = cast(Contraction, self._families[node])
-        return self._free_parameter(family.bias) if family.bias is not None else self.bias_owner(node) is not None
+        """Tell whether the biases of what reads an activation may be changed, or made."""
+        biases = [m.bias for m in cast("Contraction | Recurrence", self._families[node]).maps]
+        return all(self._free_parameter(b) if b is not None else self.bias_owner(node) is not None for b in biases)
 
     def can_carry(self, node: Node) -> bool:
-        """Tell whether the weight of a contraction may be changed."""
-        return self._free_parameter(cast(Contraction, self._families[node]).weight)
+        """Tell whether the weights of what reads an activation may be changed."""
+        return all(self._free_parameter(m.weight) for m in cast("Contraction | Recurrence", self._families[node]).maps)
 
     @functools.cached_property
     def scattering(self) -> dict[Node, str]:
@@ -480,8 +482,7 @@ def _fold(widths: Widths, permissions: Permissions, state: dict[str, Tensor]) ->
     facts = widths.facts
     changed: set[str] = set()
     new_biases: list[str] = []
-    for node, fold in widths.folds.items():
-        family = cast(Contraction, facts.families[node])
+    for node, fold, family in ((n, f, m) for n, f in widths.folds.items() for m in widths.maps(n)):
         if fold.carrier is not None:
             weight = facts.trace.sources[family.weight].name
             state[weight] = _carried(family, state[weight], fold.values, fold.carrier, facts.values[family.x])

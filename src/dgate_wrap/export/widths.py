@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..tracing.capture import owner
-from ..tracing.families import Contraction, Movement
+from ..tracing.families import Contraction, Movement, Recurrence
 from ..tracing.operations import op_name
 from .constants import rounding
 from .demands import demand
@@ -30,7 +30,7 @@ class Fold:
     """Constants of removed input channels that a contraction must be given in another way.
 
     Args:
-        node: The contraction.
+        node: The contraction, or recurrence.
         values: The constant of each input channel, float64, 0 where nothing is folded.
         carrier: The kept constant channel that takes them over, or ``None`` if they go into the bias.
     """
@@ -143,11 +143,16 @@ class Widths(Vectors):
             near = {n for key in nodes for n in (key, *key.users, *key.all_input_nodes)}
             asked = [n for n in everyone if n in near] if near and len(nodes) == len(self.grown) else everyone
 
+    def maps(self, node: Node) -> tuple[Contraction, ...]:
+        """Return the linear maps by which an operation reads an activation, into which constants may be folded."""
+        family = self.facts.families[node]
+        return family.maps if isinstance(family, Contraction | Recurrence) else ()
+
     def _fold_all(self) -> None:
         self.folds.clear()
-        for node, family in self.facts.families.items():
-            if isinstance(family, Contraction):
-                self._fold(family, node)
+        for node in self.facts.families:
+            if maps := self.maps(node):
+                self._fold(maps, node)
 
     def _fill_empty(self) -> bool:
         """Keep the first index of every axis that would be left empty: a layer never becomes empty."""
@@ -162,33 +167,35 @@ class Widths(Vectors):
                     found = True
         return found
 
-    def _fold(self, family: Contraction, node: Node) -> None:
+    def _fold(self, maps: tuple[Contraction, ...], node: Node) -> None:
         """Say where the constants of removed input channels go; keep the channels that have nowhere to go."""
-        x = family.x
-        removed = ~self.keep[x][family.x_axis]
+        x, axis = maps[0].x, maps[0].x_axis
+        removed = ~self.keep[x][axis]
         if not removed.any():
             return
-        known = ~project(self.facts.unknown[x], family.x_axis)
-        low, high = self.facts.extremes(x, family.x_axis)
-        constants = self._contributes(family, node) & known & ((low != 0) | (high != 0))
+        known = ~project(self.facts.unknown[x], axis)
+        low, high = self.facts.extremes(x, axis)
+        constants = known & ((low != 0) | (high != 0))
+        constants = constants & any_of(torch.stack([self._contributes(m, node) for m in maps]), 0)
         fold = constants & removed
         uneven = (high - low) > rounding(self.facts.values[x]) * torch.maximum(high.abs(), low.abs())
         said = self.says(node, "it is a constant that differs from position to position")
-        self.grow(x, family.x_axis, fold & uneven, said)
+        self.grow(x, axis, fold & uneven, said)
         fold = fold & ~uneven
         if not fold.any():
             return
         values = torch.where(fold, (high + low) / 2, 0.0)
-        if not family.padded and self.allowed.can_bias(node):
+        if not maps[0].padded and self.allowed.can_bias(node):
             self.folds[node] = Fold(node, values, None)
-        elif family.groups == 1 and self.allowed.can_carry(node):
-            self._carry(family, node, values, constants & ~uneven, (high + low) / 2)
+        elif maps[0].groups == 1 and self.allowed.can_carry(node):
+            self._carry(maps[0], node, values, constants & ~uneven, (high + low) / 2)
         else:
-            self.grow(x, family.x_axis, fold, self.says(node, "it is a constant that cannot be folded here"))
+            self.grow(x, axis, fold, self.says(node, "it is a constant that cannot be folded here"))
 
     def _contributes(self, family: Contraction, node: Node) -> Tensor:
         """Mark the input channels that have a nonzero weight towards an output channel that stays."""
-        rows = self.keep[node][family.out_axis]
+        own = self.facts.families[node] is family
+        rows = self.keep[node][family.out_axis] if own else self.keep[family.weight][family.w_out]
         if (box := self.facts.box(family)) is not None:
             return box[family.w_in] & (box[family.w_out] & rows).any()
         weight = self.facts.values[family.weight] != 0

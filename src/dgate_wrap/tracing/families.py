@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -46,6 +47,11 @@ class Contraction:
     groups: int = 1
     padded: bool = False
     spatial: bool = False
+
+    @property
+    def maps(self) -> tuple[Contraction, ...]:
+        """The map itself, as the only one that reads x here."""
+        return (self,)
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,12 @@ class Recurrence(Barrier):
     directions: int
     gates: int
     single: bool = False
+
+    @property
+    def maps(self) -> tuple[Contraction, ...]:
+        """How the first layer reads x: a linear map per direction."""
+        first = self.layers[: self.directions]
+        return tuple(Contraction(self.x, c.w_ih, c.b_ih, -1, 1, 0, -1, torch.nn.functional.linear) for c in first)
 
 
 @dataclass(frozen=True)
