@@ -145,6 +145,7 @@ def test_generation_with_a_cache_goes_on_and_files_of_its_own_load(
 
 def test_heads_that_are_dead_in_some_layers_only_go_beside_a_cache() -> None:
     model, _, kwargs = build("t5")
+    model.config.use_cache = True
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -161,4 +162,19 @@ def test_heads_that_are_dead_in_some_layers_only_go_beside_a_cache() -> None:
     assert [small.get_submodule(place).v.out_features for place in places] == [24, 16]
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     tokens = kwargs["input_ids"]
+    assert torch.equal(small.generate(tokens, **options), model.generate(tokens, **options))
+
+
+def test_an_attention_whose_heads_are_all_dead_keeps_one_beside_a_cache() -> None:
+    model, _, kwargs = build("llama")
+    model.config.use_cache = True
+    dg.gate(model.eval(), "heads", example_inputs=kwargs)
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[:2] = 0
+    exported = dg.export(model, kwargs, latency=False)
+    small: Any = exported.model
+    attention = [small.model.layers[i].self_attn for i in range(2)]
+    assert [(a.q_proj.out_features, a.v_proj.out_features) for a in attention] == [(8, 8), (32, 16)]
+    tokens = kwargs["input_ids"]
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     assert torch.equal(small.generate(tokens, **options), model.generate(tokens, **options))

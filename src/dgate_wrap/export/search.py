@@ -278,7 +278,7 @@ class _Search:
                 if isinstance(found, Found):
                     return found
                 path, failure = found[0].path, found[1]
-            colder = None if path is None else self._colder(frozen, path)
+            colder = None if path is None else self._colder(frozen, path, widths.filled)
             if colder is None:
                 raise failure
             frozen = colder
@@ -361,13 +361,18 @@ class _Search:
         if any(b.meets is not None for b in branches):
             yield grafts.without(draft, [Branch((p,), None) for b in branches for p in b.paths])
 
-    def _colder(self, frozen: Frozen, path: str) -> Frozen | None:
-        """Keep more whole of a module and those at its place in other layers, or of one around it; else ``None``."""
+    def _colder(self, frozen: Frozen, path: str, filled: set[str]) -> Frozen | None:
+        """Keep more of a module and those at its place in other layers, or of one around it; ``None`` if all is kept.
+
+        Of modules in which something would be empty, a whole index of it first.
+        """
         modules = dict(self.subject.model.named_modules())
         working = {owner(n) or "" for n in self.subject.facts.nodes if n.op == "call_function"}
         step: str | None = path
         while step is not None:
             alike = {p for p, m in modules.items() if type(m) is type(modules[step]) and place(p) == place(step)}
+            if step not in frozen.fills | frozen.reshapes and step in filled:
+                return replace(frozen, fills=frozen.fills | alike)
             if step not in frozen.reshapes and alike & working:
                 return replace(frozen, reshapes=frozen.reshapes | alike)
             if step not in frozen.modules and alike & working:

@@ -40,15 +40,18 @@ class Frozen:
     """What has to stay whole for the user's code to run.
 
     Args:
+        fills: Modules in which more stays of a tensor that would be empty than one element: the whole of its last axis
+            (a head, say, and not one channel of a head).
         reshapes: Modules whose own code has sizes written in it: their reshapes and slices stay whole.
         modules: Modules whose own code computes with sizes in other ways: all that it makes and reads stays whole.
     """
 
+    fills: frozenset[str] = frozenset()
     reshapes: frozenset[str] = frozenset()
     modules: frozenset[str] = frozenset()
 
     def __bool__(self) -> bool:
-        return bool(self.reshapes or self.modules)
+        return bool(self.fills or self.reshapes or self.modules)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ class Widths(Vectors):
     def __init__(self, facts: Facts, allowed: Allowed) -> None:
         super().__init__(facts, allowed)
         self.folds: dict[Node, Fold] = {}
+        self.filled: set[str] = set()
+        """Modules in which something would have been left empty."""
         self._start()
         self._settle()
         while self._fill_empty():
@@ -157,15 +159,20 @@ class Widths(Vectors):
     def _fill_empty(self) -> bool:
         """Keep the first index of every axis that would be left empty: a layer never becomes empty."""
         reason = self.reason("it is the last one of a layer, which never becomes empty")
-        found = False
-        for key, vectors in self.keep.items():
-            for axis, kept in enumerate(vectors):
-                if kept.numel() and not kept.any():
-                    first = torch.zeros_like(kept)
+        empty = {key: axes for key, vectors in self.keep.items() if (axes := _empty_axes(vectors))}
+        self.filled |= {owner(key) or "" for key in empty if isinstance(key, Node) and key.op == "call_function"}
+        for key, axes in empty.items():
+            last = len(self.keep[key]) - 1
+            within = (owner(key) or "") if isinstance(key, Node) else None
+            if len(axes) > 1 and axes[-1] == last and within in self.allowed.frozen.fills:
+                self.keep_axis(key, last, reason)
+        for key, axes in empty.items():
+            for axis in axes:
+                if not self.keep[key][axis].any():
+                    first = torch.zeros_like(self.keep[key][axis])
                     first[0] = True
                     self.grow(key, axis, first, reason)
-                    found = True
-        return found
+        return bool(empty)
 
     def _fold(self, maps: tuple[Contraction, ...], node: Node) -> None:
         """Say where the constants of removed input channels go; keep the channels that have nowhere to go."""
@@ -218,3 +225,7 @@ class Widths(Vectors):
             one = torch.zeros_like(candidates)
             one[int(values.abs().argmax())] = True
             self.grow(x, family.x_axis, one, self.says(node, "it carries the constants of all removed channels"))
+
+
+def _empty_axes(vectors: list[Tensor]) -> list[int]:
+    return [axis for axis, kept in enumerate(vectors) if kept.numel() and not kept.any()]
