@@ -163,6 +163,31 @@ def test_both_halves_of_a_gated_unit_move_together(interleaved: bool) -> None:
     check(model, x, {"up": (3, 6, 2 * kept), "down": (3, kept, 6)})
 
 
+class Fused(nn.Module):
+    """One weight makes queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(12, 2, batch_first=True), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.layer_norm(x + self.attention(x, x, x, need_weights=False)[0], (12,)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_queries_keys_and_values_of_one_weight_are_sorted_within_their_heads(seed: int) -> None:
+    x = draw(2, 5, 12)
+    model = gated(Fused, "channels", x, 0.6, seed)
+    dead = (weight(model, "attention.in_proj_weight") == 0).all(1).view(3, 2, 6)
+    assert torch.equal(dead[0], dead[1])
+    kept = max(int((~dead[i]).sum(1).max()) for i in (0, 2))
+    assert 0 < kept < 6
+    exported = check(
+        model, x, {"attention.in_proj_weight": (6 * kept, 12), "attention.out_proj.weight": (12, 2 * kept)}
+    )
+    assert exported.report.rewritten == ["attention"]
+
+
 def test_units_that_differ_by_their_places_stay_where_they_are() -> None:
     x = draw(5, 6)
     model = gated(Ramp, "hidden", x)

@@ -556,10 +556,19 @@ def test_heads_that_share_a_table_go_from_each_layer_by_themselves() -> None:
     assert_equal(model, exported.model)
 
 
-def test_what_hooks_hide_is_written_anew_too() -> None:
+class Masked(nn.Transformer):
+    """As most call it: torch looks whether the mask is causal."""
+
+    def forward(self, src: Tensor, tgt: Tensor) -> Tensor:  # type: ignore[override]
+        mask = self.generate_square_subsequent_mask(tgt.shape[1], dtype=tgt.dtype)
+        return super().forward(src, tgt, tgt_mask=mask)
+
+
+@pytest.mark.parametrize("kind", [nn.Transformer, Masked])
+def test_what_hooks_hide_is_written_anew_too(kind: type[nn.Transformer]) -> None:
     """nn.TransformerEncoderLayer reads the tensors of its attention itself, unless hooks watch it."""
     torch.manual_seed(0)
-    model = nn.Transformer(8, 2, 1, 1, 8, batch_first=True).eval()
+    model = kind(8, 2, 1, 1, 8, batch_first=True).eval()
     x = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
     model = dg.gate(model, "heads", example_inputs=x)
     with torch.no_grad():
@@ -571,6 +580,8 @@ def test_what_hooks_hide_is_written_anew_too() -> None:
     assert {"encoder.layers.0", "decoder.layers.0.multihead_attn"} <= set(exported.report.rewritten)
     with torch.no_grad():
         assert torch.allclose(model(*x), exported.model(*x), atol=1e-5)
+        longer = torch.randn(3, 7, 8), torch.randn(3, 6, 8)
+        assert torch.allclose(model(*longer), exported.model(*longer), atol=1e-5)
 
 
 class Permuted(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,22 +48,29 @@ class _Table:
         return set(self.classes.flatten().tolist())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Sorting:
     """An order of units: the unit that comes to the place of each, as classes of labels.
 
     Args:
         places: Classes whose places are taken, one row per block, shape ``(blocks, units)``.
         comes: The class that comes to each of those places.
+        gains: Whether that alone lets a tensor be cut to fewer indices.
     """
 
     places: Tensor
     comes: Tensor
+    gains: bool
 
     @functools.cached_property
     def classes(self) -> set[int]:
         """All classes that it moves or leaves."""
         return set(self.places.flatten().tolist())
+
+    @property
+    def key(self) -> bytes:
+        """What it does."""
+        return self.places.numpy().tobytes() + self.comes.numpy().tobytes()
 
 
 def find_orders(model: nn.Module, facts: Facts, verifier: Verifier) -> dict[str, Cut]:
@@ -74,21 +81,34 @@ def find_orders(model: nn.Module, facts: Facts, verifier: Verifier) -> dict[str,
         facts: Constants and liveness of its graph.
         verifier: Knows what the model computes.
     """
-    nodes = [n for n in facts.nodes if n in facts.varying and _could_gain(facts, n)]
-    if not nodes:
+    if not any(_could_gain(facts, n) for n in facts.nodes if n in facts.varying):
         return {}
     structure = find_structure(facts.trace)
     finder = _Finder(model, facts, structure, verifier)
-    tables = list(_tables(facts, structure, nodes))
+    tables = list(_tables(facts, structure))
     good: list[_Sorting] = []
     for inner in range(max((t.classes.dim() for t in tables), default=0)):
-        moved, left = {c for s in good for c in s.classes}, list[_Sorting]()
-        for sorting in (_sort(t, inner) for t in tables if inner < t.classes.dim() and not t.members & moved):
-            if sorting is not None:
-                left.append(sorting)
-                moved |= sorting.classes
-        good += finder.valid(left)
+        moved = {c for s in good for c in s.classes}
+        fitting = [t for t in tables if inner < t.classes.dim() and not moved & t.members]
+        fitting.sort(key=lambda t: t.classes.shape[-1 - inner])  # heads come before queries, keys and values in a row
+        found = {s.key: s for t in fitting if (s := _sort(t, inner)) is not None}
+        while left := _apart((s for s in found.values() if s.gains), good):
+            found = {k: s for k, s in found.items() if s not in left}
+            good += finder.valid(left)
+        named = finder.names(good)  # what lies beside sorted units in a weight is sorted with them
+        good += finder.valid(_apart((s for s in found.values() if named & finder.names([s])), good))
     return finder.orders(good) or {}
+
+
+def _apart(sortings: Iterable[_Sorting], taken: list[_Sorting]) -> list[_Sorting]:
+    """Return sortings of which no two, and none with one of those that are taken, move the same units."""
+    moved = {c for s in taken for c in s.classes}
+    apart: list[_Sorting] = []
+    for s in sortings:
+        if not s.classes & moved:
+            apart.append(s)
+            moved |= s.classes
+    return apart
 
 
 def reorder_(model: nn.Module, orders: Mapping[str, Cut]) -> nn.Module:
@@ -111,7 +131,10 @@ class _Finder:
     def __init__(self, model: nn.Module, facts: Facts, structure: Structure, verifier: Verifier) -> None:
         self._model, self._structure, self._verifier = model, structure, verifier
         self._shapes = {s.name: tuple(s.value.shape) for s in facts.trace.sources.values() if s.kind == "parameter"}
-        self._classes = [(t.name, compact(structure.classes(t.labels))) for t in (*structure.slots, *structure.readers)]
+        self._classes = [
+            *_by_parameter((s.name, structure.classes(s.labels)) for s in structure.slots),
+            *_by_parameter((r.name, structure.classes(r.labels)) for r in structure.readers),
+        ]
         self._runs = 0
 
     def valid(self, sortings: list[_Sorting]) -> list[_Sorting]:
@@ -139,6 +162,10 @@ class _Finder:
             orders is not None and self._runs <= _RUNS and self._verifier.agrees(reorder_(share(self._model), orders))
         )
 
+    def names(self, sortings: list[_Sorting]) -> set[str]:
+        """Return the parameters that follow."""
+        return set(self.orders(sortings) or {})
+
     def orders(self, sortings: list[_Sorting]) -> dict[str, Cut] | None:
         """Return the orders of all parameters that follow; ``None`` if one cannot."""
         comes = torch.arange(len(self._structure.sets))
@@ -157,6 +184,22 @@ class _Finder:
         return None if any(t is None for t in together.values()) else {n: t for n, t in together.items() if t}
 
 
+def _by_parameter(classes: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the classes of each parameter, those of its parts (queries, keys and values in one weight) together."""
+    together: dict[str, list[Tensor]] = {}
+    for name, found in classes:
+        known = together.setdefault(name, [])
+        for i, other in enumerate(known):
+            a, b = torch.broadcast_tensors(other, found)
+            if not bool(((a >= 0) & (b >= 0) & (a != b)).any()):
+                known[i] = torch.where(a >= 0, a, b)
+                break
+        else:
+            known.append(found)
+    for name, known in together.items():
+        yield from ((name, compact(t)) for t in known)
+
+
 def _could_gain(facts: Facts, node: Node) -> bool:
     """Tell whether a tensor could be cut to fewer indices of some axis if each line along it were sorted."""
     if not isinstance(facts.values.get(node), Tensor):
@@ -172,12 +215,12 @@ def _lines(t: Tensor, axis: int) -> Tensor:
     return t.movedim(axis, -1).reshape(-1, t.shape[axis])
 
 
-def _tables(facts: Facts, structure: Structure, nodes: list[Node]) -> Iterator[_Table]:
+def _tables(facts: Facts, structure: Structure) -> Iterator[_Table]:
     """Yield what the labels of tensors say, each once, by what is needed of their classes."""
     seen: set[bytes] = set()
-    for node in nodes:
+    for node in (n for n in facts.nodes if n in facts.varying):
         words = structure.words.get(node)
-        if not isinstance(words, Tensor):
+        if not isinstance(words, Tensor) or not isinstance(facts.values.get(node), Tensor):
             continue
         live = facts.needed(node)
         classes = compact(structure.classes(label_of(words)).expand(live.shape))
@@ -193,7 +236,7 @@ def _tables(facts: Facts, structure: Structure, nodes: list[Node]) -> Iterator[_
 
 
 def _sort(table: _Table, inner: int) -> _Sorting | None:
-    """Return the order that puts the live units of every row first; ``None`` if it gains nothing, or rows differ.
+    """Return the order that puts the live units of every row first; ``None`` if it moves none, or rows differ.
 
     Args:
         table: Classes, and which are needed.
@@ -201,25 +244,20 @@ def _sort(table: _Table, inner: int) -> _Sorting | None:
             others, and a unit has to stand at the same indices in every row.
     """
     axis = table.classes.dim() - 1 - inner
-    lines = [_lines(t, axis) for t in (table.classes, table.live)]
-    if not _gains(lines[1]):
+    classes, live = (_lines(t, axis) for t in (table.classes, table.live))
+    _, where = classes[0].unique(return_inverse=True)  # a unit may stand at several indices: of both halves, say
+    first = torch.full((int(where.max()) + 1,), len(where)).scatter_reduce(0, where, torch.arange(len(where)), "amin")
+    at, rank = first.sort().values, first.argsort().argsort()[where]
+    units = classes[:, at]
+    if not torch.equal(units[:, rank], classes):
         return None
-    rows: dict[bytes, tuple[Tensor, Tensor, Tensor]] = {}
-    for classes, needed in zip(*lines, strict=True):
-        units, where = classes.unique(return_inverse=True)
-        first = torch.full(units.shape, len(classes)).scatter_reduce(0, where, torch.arange(len(classes)), "amin")
-        by_place = first.argsort()
-        where = by_place.argsort()[where]
-        alive = torch.zeros(len(units), dtype=torch.bool).index_put((where[needed],), torch.tensor(True))
-        key = classes.numpy().tobytes()
-        rows[key] = units[by_place], where, alive | rows[key][2] if key in rows else alive
-    places, wheres, alive = zip(*rows.values(), strict=True)
-    if any(not torch.equal(where, wheres[0]) for where in wheres):
+    counts = torch.zeros_like(units).index_add(1, rank, live.long())
+    units, row = units.unique(dim=0, return_inverse=True)  # heads that share keys and values are one
+    live = torch.zeros_like(units).index_add(0, row, counts) > 0
+    order = (~live).int().argsort(dim=1, stable=True)
+    if units.unique().numel() < units.numel() or len(units) == 1 or bool((order.diff(dim=1) > 0).all()):
         return None
-    units, live = torch.stack(places), torch.stack(alive)
-    if units.unique().numel() < units.numel() or not _gains(live):
-        return None
-    return _Sorting(units, units.gather(1, (~live).int().argsort(dim=1, stable=True)))
+    return _Sorting(units, units.gather(1, order), _gains(live))
 
 
 def _gains(live: Tensor) -> bool:

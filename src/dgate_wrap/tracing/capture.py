@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
+from torch.nn.modules import transformer
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -241,7 +242,7 @@ def capture(model: nn.Module, example_inputs: object, example_kwargs: Mapping[st
         )
     if any(p.is_meta for p in model.parameters()):
         inputs = inputs.map(_to_meta)
-    with evaluating(model), without_cache(model, inputs) as extra, torch.no_grad(), quiet():
+    with evaluating(model), without_cache(model, inputs) as extra, torch.no_grad(), quiet(), masks_as_given():
         call = _Forward(model, extra)
         try:
             trace, refused = trace_of(model, inputs, _export(model, call, inputs)), None
@@ -293,7 +294,7 @@ def export_open(model: nn.Module, inputs: Inputs) -> Generator[tuple[torch.expor
     marked = inputs.map(Tensor.detach)  # torch notes on the tensors themselves which of their sizes are open
     given = (*marked.args, *marked.kwargs.values())
     sizes = {"args": pytree.tree_map(left_open, given)}
-    with evaluating(model), without_cache(model, inputs) as extra, torch.no_grad(), quiet():
+    with evaluating(model), without_cache(model, inputs) as extra, torch.no_grad(), quiet(), masks_as_given():
         call = _Positional(model, extra, list(inputs.kwargs))
         with unchanged(model), same_random_numbers(model):
             exported = torch.export.export(call, given, dynamic_shapes=sizes, strict=False)
@@ -492,6 +493,17 @@ def without_cache(model: nn.Module, inputs: Inputs) -> Generator[dict[str, Any]]
     finally:
         for config in found:
             config.use_cache = True
+
+
+@contextlib.contextmanager
+def masks_as_given() -> Generator[None]:
+    """Let nn.Transformer and its parts take masks as they are, and not look whether they are causal: no trace can."""
+    looks = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = looks
 
 
 def _require_running(model: nn.Module, call: nn.Module, inputs: Inputs) -> None:
