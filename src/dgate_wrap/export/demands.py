@@ -297,6 +297,9 @@ def _(family: Product, node: Node, w: Vectors) -> None:
                 w.keep_axis(n, axis, NEEDED)
             elif len(found) == 1:
                 w.keep_axis(n, axis, w.says(node, "the operation works over the whole axis"))
+        if letter not in family.out_axes and len(full) == 2:
+            _sum_over(w, family, node, letter, full)
+            continue
         for (n, i), (m, j) in pairwise(full):
             w.link(n, i, m, j)
         if letter not in family.out_axes and len(found) > 1:
@@ -308,9 +311,28 @@ def _(family: Product, node: Node, w: Vectors) -> None:
             w.keep_whole(n, NEEDED)
 
 
+def _sum_over(w: Vectors, family: Product, node: Node, letter: str, places: list[tuple[Node, int]]) -> None:
+    """Sum over the same indices of both operands; a forward that is written anew may take part of the smaller one.
+
+    As of the softmax of a router, which works over all experts, for those that live.
+    """
+    (n, i), (m, j) = sorted(places, key=lambda p: torch.Size(shape_of(p[0])).numel())
+    spare = w.keep[n][i] & ~w.facts.needed_along(m)[j]
+    meeting = None
+    if spare.any() and not spare.all() and n in w.facts.varying:
+        if w.allowed.rewrite and w.follows(node):
+            w.grow(n, i, w.keep[m][j], w.why[m][j])
+            adds = project(w.facts.nonzero_constant(m), j)
+            w.grow(m, j, adds & w.keep[n][i], w.says(node, "it adds a constant to a sum"))
+            return
+        meeting = w.written_down(node, "it meets an operand of which others need more")
+    w.link(m, j, n, i, meeting)
+    _keep_constants(w, family, node, letter, (n, i))
+
+
 def _keep_constants(w: Vectors, family: Product, node: Node, letter: str, place: tuple[Node, int]) -> None:
-    """Keep the indices along a summed axis where two constants meet: their product has nowhere else to go."""
-    if not all(bool(k.any()) for k in w.keep[node]) or w.keep[place[0]][place[1]].all():
+    """Keep the indices along a summed axis where two constants meet, if their product has nowhere else to go."""
+    if w.allowed.can_carry(node) or not all(bool(k.any()) for k in w.keep[node]) or w.keep[place[0]][place[1]].all():
         return
     a, b = (w.facts.nonzero_constant(n) for n in (family.a, family.b))
     if a.any() and b.any():

@@ -15,7 +15,8 @@ from torch.fx import Node
 
 from ..tracing import Trace
 from ..tracing.capture import owner
-from ..tracing.families import Contraction, Mixing, NormedWeight, Recurrence
+from ..tracing.families import Contraction, Mixing, NormedWeight, Product, Recurrence
+from ..tracing.operations import shape_of
 from .demands import norms
 from .recipes import Recipe, Rewritten
 from .scatter import Scatter, filled_name, find_scatters
@@ -320,7 +321,12 @@ class Permissions:
 
     def can_carry(self, node: Node) -> bool:
         """Tell whether the weights of what reads an activation may be changed."""
-        return all(self._free_parameter(m.weight) for m in cast("Contraction | Recurrence", self._families[node]).maps)
+        family = self._families[node]
+        if isinstance(family, Product):
+            a, b = (dict(zip(x, shape_of(n), strict=True)) for n, x in family.operands)
+            equal = all(a[c] == b[c] for c in a.keys() & b.keys())
+            return equal and any(self._free_parameter(n) and family.weighs(n) for n, _ in family.operands)
+        return all(self._free_parameter(m.weight) for m in cast("Contraction | Recurrence", family).maps)
 
     @functools.cached_property
     def scattering(self) -> dict[Node, str]:
@@ -482,6 +488,10 @@ def _fold(widths: Widths, permissions: Permissions, state: dict[str, Tensor]) ->
     facts = widths.facts
     changed: set[str] = set()
     new_biases: list[str] = []
+    for weight, more in widths.merged.values():
+        name = facts.trace.sources[weight].name
+        state[name] = state[name] + more.to(state[name].dtype)
+        changed.add(name)
     for node, fold, family in ((n, f, m) for n, f in widths.folds.items() for m in widths.maps(n)):
         if fold.carrier is not None:
             weight = facts.trace.sources[family.weight].name

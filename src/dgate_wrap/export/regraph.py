@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..tracing.capture import owner, owners, where
-from ..tracing.families import Attention, Contraction, Pointwise
+from ..tracing.families import Attention, Contraction, Pointwise, Product
 from ..tracing.operations import op_name, shape_of
 from ..tracing.symbolic import Symbolic, is_open
 from .constants import rounding
@@ -362,6 +362,12 @@ class Writing:
         made = self._get(n)
         twins = self.r.symbolic.twins
         family = self.facts.families.get(twins[node]) if n in twins and node in twins else None
+        if isinstance(family, Product):
+            for axis, other, other_axis in family.summed(twins[n]):
+                kept, takes = (self.r.widths.keep[t][a] for t, a in ((twins[n], axis), (other, other_axis)))
+                if len(kept) == len(takes) and not bool((takes & ~kept).any() or kept.equal(takes)):
+                    made = take(self, made, axis, kept, takes.nonzero().flatten())
+            return made
         if isinstance(family, Pointwise):
             last = 0
         elif isinstance(family, Attention) and twins[n] not in (family.query, family.key, family.value):

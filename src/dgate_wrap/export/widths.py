@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..tracing.capture import owner
-from ..tracing.families import Contraction, Movement, Recurrence
+from ..tracing.families import Contraction, Movement, Product, Recurrence
 from ..tracing.operations import op_name
 from .constants import rounding
 from .demands import demand
 from .facts import Facts
-from .masks import any_of, is_any, project
+from .masks import any_of, is_any, on_axis, project
+from .terms import Terms
 from .vectors import NEEDED, Allowed, Vectors
 
 
@@ -51,6 +52,8 @@ class Widths(Vectors):
     def __init__(self, facts: Facts, allowed: Allowed) -> None:
         super().__init__(facts, allowed)
         self.folds: dict[Node, Fold] = {}
+        self.merged: dict[Node, tuple[Node, Tensor]] = {}
+        """Per sum of products with a weight that lost constants: the weight, and what is added to it instead."""
         self.filled: set[str] = set()
         """Modules in which something would have been left empty."""
         self._start()
@@ -152,9 +155,12 @@ class Widths(Vectors):
 
     def _fold_all(self) -> None:
         self.folds.clear()
-        for node in self.facts.families:
+        self.merged.clear()
+        for node, family in self.facts.families.items():
             if maps := self.maps(node):
                 self._fold(maps, node)
+            elif isinstance(family, Product) and self.allowed.can_carry(node):
+                self._merge(family, node)
 
     def _fill_empty(self) -> bool:
         """Keep the first index of every axis that would be left empty: a layer never becomes empty."""
@@ -198,6 +204,39 @@ class Widths(Vectors):
             self._carry(maps[0], node, values, constants & ~uneven, (high + low) / 2)
         else:
             self.grow(x, axis, fold, self.says(node, "it is a constant that cannot be folded here"))
+
+    def _merge(self, family: Product, node: Node) -> None:
+        """Let one constant that stays stand for all removed ones in a sum of products with a weight; or keep them."""
+        terms = Terms.of(self.facts, family)
+        axes = [self.keep[terms.x][axis] for axis in terms.summed.values()]
+        if all(bool(k.all()) for k in axes) or not all(bool(k.any()) for k in self.keep[node]):
+            return
+        stays = torch.ones((), dtype=torch.bool)
+        for letter, kept in zip(terms.summed, axes, strict=True):
+            stays = stays & on_axis(kept, terms.letters.index(letter), len(terms.letters))
+        lost = terms.constant & ~stays
+        if bool((lost & ~terms.steady).any()):
+            said = self.says(node, "it is a constant that differs from position to position")
+            self._keep_terms(terms, lost & ~terms.steady, said)
+            return
+        left = [self.keep[node][family.out_axes.index(c)] for c in terms.left]
+        total = terms.total(self.facts.values[terms.weight].double(), lost, left)
+        if not is_any(total != 0):
+            return
+        strength = terms.strength(terms.steady)
+        held = terms.strength(terms.steady & stays)
+        if float(strength.max()) == 0:
+            self._keep_terms(terms, lost, self.says(node, "it adds a constant to a sum"))
+        elif float(held.max()) < float(strength.max()) / 16:
+            said = self.says(node, "it carries the constants of all removed channels")
+            self._keep_terms(terms, terms.at(strength), said)
+        else:
+            self.merged[node] = terms.weight, terms.carried(total, terms.at(held))
+
+    def _keep_terms(self, terms: Terms, chosen: Tensor, why: int) -> None:
+        """Keep the indices over which is summed that some terms have."""
+        for letter, axis in terms.summed.items():
+            self.grow(terms.x, axis, project(chosen, terms.letters.index(letter)), why)
 
     def _contributes(self, family: Contraction, node: Node) -> Tensor:
         """Mark the input channels that have a nonzero weight towards an output channel that stays."""

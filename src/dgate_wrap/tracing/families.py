@@ -123,6 +123,21 @@ class Product(Barrier):
     out_axes: str
     addend: Node | None = None
 
+    @property
+    def operands(self) -> tuple[tuple[Node, str], tuple[Node, str]]:
+        """Both operands, with the letters of their axes."""
+        return (self.a, self.a_axes), (self.b, self.b_axes)
+
+    def weighs(self, operand: Node) -> bool:
+        """Tell whether an operand is a weight: it tells apart whatever is summed over."""
+        [(own, other)] = [(x, y) for (n, x), (_, y) in (self.operands, self.operands[::-1]) if n is operand][:1]
+        return all(c in self.out_axes or (c in own and c in other) for c in own + other)
+
+    def summed(self, operand: Node) -> list[tuple[int, Node, int]]:
+        """Return the axes of an operand over which it is summed with the other, the other, and its axes."""
+        found = [(x, m, y) for (n, x), (m, y) in (self.operands, self.operands[::-1]) if n is operand][:1]
+        return [(x.index(c), m, y.index(c)) for x, m, y in found for c in x if c in y and c not in self.out_axes]
+
 
 @dataclass(frozen=True)
 class Attention(Barrier):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 
@@ -36,9 +37,12 @@ def split_einsums(graph_module: GraphModule) -> None:
 
 def _insert(graph_module: GraphModule, equation: str, a: Node, b: Node, like: Node) -> Node:
     node = graph_module.graph.call_function(cast(Any, torch.ops.aten.einsum.default), (equation, [a, b]))
-    values = [
-        torch.empty(tuple(int(s) for s in n.meta["val"].shape), dtype=n.meta["val"].dtype, device="meta")
-        for n in (a, b)
-    ]
-    node.meta = {**like.meta, "val": torch.einsum(equation, *values)}
+    sizes: dict[str, Any] = {}
+    terms, out = equation.split("->")
+    for axes, n in zip(terms.split(","), (a, b), strict=True):
+        for letter, size in zip(axes, n.meta["val"].shape, strict=True):
+            if letter not in sizes or (isinstance(sizes[letter], int) and sizes[letter] == 1):
+                sizes[letter] = size
+    held = a.meta["val"] if isinstance(a.meta["val"], FakeTensor) else a.meta["val"].to("meta")
+    node.meta = {**like.meta, "val": held.new_empty([sizes[letter] for letter in out], dtype=like.meta["val"].dtype)}
     return node

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Inputs, Trace, capture, export_open, normalize_inputs, trace_of
 from .lowering import is_symbol
+from .rewrite import split_einsums
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,7 @@ def capture_symbolic(
     inputs = normalize_inputs(example_inputs, example_kwargs)
     try:
         with _open_lengths(model), export_open(model, _several(inputs)) as (exported, used):
+            split_einsums(exported.graph_module)
             static, twins = _settle(exported)
             return trace_of(model, used, static), Symbolic(exported.graph, twins)
     except Exception:
