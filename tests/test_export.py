@@ -183,6 +183,26 @@ def test_a_channel_that_one_branch_of_a_sum_needs_is_kept_and_the_reason_names_t
     assert_equal(model, result.model, IMAGE, 1e-5)
 
 
+def test_strides_need_not_be_those_of_the_trace() -> None:
+    class Flat(nn.Module):
+        """torch foresees a transposed result of this batch norm, and gives a contiguous one."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(self.first(x).mT).mT.flatten(0, 1))
+
+    model, x = Flat(), torch.randn(3, 5, 4)
+    randomize(model.eval(), torch.Generator().manual_seed(1))
+    dg.gate(model, "neurons", exclude="last.*")
+    zero_groups(model, "first.weight", [0, 3])
+    result = dg.export(model, x)
+    assert result.model.first.out_features == 4
+    assert_equal(model, result.model, x, 1e-5)
+
+
 def test_a_bias_is_made_where_constants_need_one() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 3, bias=False)).double()
     randomize(model, torch.Generator().manual_seed(1))

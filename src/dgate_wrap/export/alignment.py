@@ -205,7 +205,8 @@ def _could_gain(facts: Facts, node: Node) -> bool:
     if not isinstance(facts.values.get(node), Tensor):
         return False
     live = facts.needed(node)
-    if int(live.sum()) == math.prod(int(v.sum()) for v in facts.needed_along(node)):  # all at some indices of each axis
+    box = math.prod(int(v.sum()) for v in facts.needed_along(node))
+    if int(live.count_nonzero()) == box:  # all at some indices of each axis: there is nothing between them to close
         return False
     return any(_gains(_lines(live, axis)) for axis in range(live.dim()))
 
