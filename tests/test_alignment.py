@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dgate_wrap as dg
-from dgate_wrap.export.plan import Cut, Gather
+from dgate_wrap.export.cuts import Cut, Gather
 
 
 class Heads(nn.Module):

@@ -20,9 +20,9 @@ from torch.fx import Node
 from ..tracing import Structure, find_structure
 from ..tracing.structure import compact, label_of
 from .copies import share
+from .cuts import Cut, Gather
 from .facts import Facts
 from .masks import any_of
-from .plan import Cut, Gather
 from .search import place
 from .verify import Verifier
 

@@ -20,9 +20,10 @@ from ..tracing.capture import all_tensors
 from .alignment import find_orders, reorder_, reordered
 from .configs import express
 from .copies import separate_, share, weight_bytes
+from .cuts import Cut
 from .facts import Facts
 from .masks import on_axis
-from .plan import Cut, Plan
+from .plan import Plan
 from .report import Kept, Report, Size, find_kept, latencies, measure
 from .search import Found, Subject, differing, smallest
 from .selection import reduced

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from ..tracing import Inputs, Trace, capture
 from ..tracing.capture import evaluating, operation, without_cache
 from .constants import rounding
-from .plan import Cut, cut_axes
+from .cuts import Cut, cut_axes
 from .recipes import bind, plain_signature
 from .widths import Widths
 

@@ -14,9 +14,10 @@ from ..errors import ExportError
 from ..tracing import normalize_inputs
 from ..tracing.capture import all_tensors
 from .api import Exported
+from .cuts import Cut
 from .files import misfits
 from .masks import on_axis, project
-from .plan import Cut, Plan
+from .plan import Plan
 from .scatter import filled_name
 from .selection import reduced
 from .verify import relative_error, run

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import FileFormatError
 from .api import Exported, signature
-from .plan import Cut, Gather, Plan
+from .cuts import Cut, Gather
+from .plan import Plan
 from .recipes import Recipe, build_graph
 from .scatter import Scatter, filled_name
 from .selection import buffers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -17,6 +16,7 @@ from ..tracing import Trace
 from ..tracing.capture import owner
 from ..tracing.families import Contraction, Mixing, NormedWeight, Product, Recurrence
 from ..tracing.operations import shape_of
+from .cuts import Cut, by_group, cut_axes, indices
 from .demands import norms
 from .recipes import Recipe, Rewritten
 from .scatter import Scatter, filled_name, find_scatters
@@ -26,89 +26,11 @@ from .widths import Widths
 
 
 @dataclass(frozen=True)
-class Gather:
-    """Which indices stay along an axis whose kept indices differ along others, in their new order.
-
-    Args:
-        axis: The axis.
-        along: The others, in order.
-        rows: The kept indices at each place along those, in the order of memory; all rows are of one length. If there
-            are fewer rows than places, each stands for a block of places.
-    """
-
-    axis: int
-    along: list[int]
-    rows: list[list[int]]
-
-    def places(self, shape: tuple[int, ...]) -> Tensor:
-        """Return the kept indices at each place of a tensor of some shape, shape ``(*places, kept)``."""
-        sizes = [shape[a] for a in self.along]
-        rows = torch.tensor(self.rows)
-        return rows.repeat_interleave(math.prod(sizes) // len(rows), 0).view(*sizes, -1)
-
-    def apply(self, tensor: Tensor) -> Tensor:
-        """Return what stays of a tensor."""
-        ends, front = (*self.along, self.axis), range(len(self.along) + 1)
-        moved = tensor.movedim(ends, tuple(front))
-        places = self.places(tuple(tensor.shape)).to(tensor.device)
-        index = places.view(*places.shape, *[1] * (moved.dim() - len(front)))
-        index = index.expand(*places.shape, *moved.shape[len(front) :])
-        return moved.gather(len(self.along), index).movedim(tuple(front), ends)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What stays of one parameter or buffer.
-
-    Args:
-        shape: Its shape before.
-        axes: Per axis that loses some, its kept indices, in their new order.
-        gathers: Done before, one after the other: axes whose kept indices differ along another axis, as those of the
-            weight of a grouped convolution do between its groups, or those of stacked experts between the experts.
-    """
-
-    shape: tuple[int, ...]
-    axes: dict[int, list[int]] = field(default_factory=dict)
-    gathers: list[Gather] = field(default_factory=list[Gather])
-
-    def apply(self, tensor: Tensor) -> Tensor:
-        """Return what stays of a tensor of the shape before."""
-        for gather in self.gathers:
-            tensor = gather.apply(tensor)
-        for axis, kept in self.axes.items():
-            tensor = tensor.index_select(axis, torch.tensor(kept, device=tensor.device))
-        return tensor.contiguous()
-
-    def then(self, cut: Cut) -> Cut:
-        """Return what this cut, which only changes the order of indices, and another one after it do together."""
-        gathers = list(self.gathers)
-        for gather in cut.gathers:
-            places = gather.places(self.shape)
-            if gather.axis in self.axes:
-                places = torch.tensor(self.axes[gather.axis])[places]
-            for i, a in enumerate(gather.along):
-                if a in self.axes:
-                    places = places.index_select(i, torch.tensor(self.axes[a]).argsort())
-            gathers.append(replace(gather, rows=places.flatten(0, -2).tolist()))
-        done = {gather.axis for gather in cut.gathers}
-        before = {a: order for a, order in self.axes.items() if a not in done}
-        axes = {a: [before[a][i] for i in kept] if a in before else kept for a, kept in cut.axes.items()}
-        return Cut(self.shape, {**before, **axes}, gathers)
-
-    def mask(self) -> Tensor:
-        """Mark the elements that stay, in the shape before."""
-        numbers = torch.arange(torch.Size(self.shape).numel()).view(self.shape)
-        out = torch.zeros(numbers.numel(), dtype=torch.bool)
-        out[self.apply(numbers).flatten()] = True
-        return out.view(self.shape)
-
-
-@dataclass(frozen=True)
 class Plan:
     """Everything that has to be known to make the smaller network from a fresh model of the same class.
 
     Args:
-        cuts: Per parameter or buffer (first name), what stays of it; those that stay whole are left out.
+        cuts: Per parameter or buffer (first name), what stays of it; those that stay whole, in their order, are left out.
         attributes: Per module, the numbers it remembers that become others: groups, channels, heads, epsilons.
         new_biases: Linear layers and convolutions that get a bias, to hold folded constants.
         recipes: Per module whose forward is written anew, how.
@@ -387,7 +309,7 @@ def make_plan(
             path, kept = permissions.bias_owner(node), widths.rows(node)
             if path in new_biases and not kept.all():
                 name = f"{path}.bias" if path else "bias"
-                cuts[name] = Cut((kept.numel(),), {0: _places(kept)})
+                cuts[name] = Cut((kept.numel(),), {0: indices(kept)})
     inputs: dict[str, dict[int, list[int]]] = {}
     for node, source in facts.trace.sources.items():
         axes = cut_axes(widths.keep.get(node, [])) if source.kind == "input" else {}
@@ -474,15 +396,6 @@ def _rescale(
     return rescaled, epsilons
 
 
-def _places(kept: Tensor) -> list[int]:
-    return kept.nonzero().flatten().tolist()
-
-
-def cut_axes(keep: list[Tensor]) -> dict[int, list[int]]:
-    """Return the kept indices of every axis that loses some."""
-    return {a: _places(k) for a, k in enumerate(keep) if not k.all()}
-
-
 def _fold(widths: Widths, permissions: Permissions, state: dict[str, Tensor]) -> tuple[set[str], list[str]]:
     """Add the constants of removed channels to biases and weights, in place; return which changed, and new biases."""
     facts = widths.facts
@@ -520,17 +433,10 @@ def _find_cuts(widths: Widths) -> dict[str, Cut]:
         shape, axes = tuple(source.value.shape), cut_axes(widths.keep[node])
         columns = widths.keep.get(Columns(node))
         if columns is not None and not columns[0].all():
-            cuts[source.name] = Cut(shape, axes, [_by_group(columns[0], grouped[node])])
+            cuts[source.name] = Cut(shape, axes, [by_group(columns[0], grouped[node])])
         elif axes:
             cuts[source.name] = Cut(shape, axes)
     return cuts
-
-
-def _by_group(columns: Tensor, groups: int) -> Gather:
-    """Return which columns of each group of a grouped convolution stay; rows of groups that go get any."""
-    kept = [_places(c) for c in columns.view(groups, -1)]
-    count = max(map(len, kept))
-    return Gather(1, [0], [c if len(c) == count else list(range(count)) for c in kept])
 
 
 def _constant(family: Contraction, weight: Tensor, x: Tensor, values: Tensor) -> Tensor:
