@@ -30,7 +30,7 @@ class Plan:
     """Everything that has to be known to make the smaller network from a fresh model of the same class.
 
     Args:
-        cuts: Per parameter or buffer (first name), what stays of it; those that stay whole, in their order, are left out.
+        cuts: Per parameter or buffer (first name), what stays of it; those that stay as they are, are left out.
         attributes: Per module, the numbers it remembers that become others: groups, channels, heads, epsilons.
         new_biases: Linear layers and convolutions that get a bias, to hold folded constants.
         recipes: Per module whose forward is written anew, how.
