@@ -324,6 +324,7 @@ def _sum_over(w: Vectors, family: Product, node: Node, letter: str, places: list
             w.grow(n, i, w.keep[m][j], w.why[m][j])
             adds = project(w.facts.nonzero_constant(m), j)
             w.grow(m, j, adds & w.keep[n][i], w.says(node, "it adds a constant to a sum"))
+            _keep_constants(w, family, node, letter, (m, j))
             return
         meeting = w.written_down(node, "it meets an operand of which others need more")
     w.link(m, j, n, i, meeting)
