@@ -312,14 +312,15 @@ def _(family: Product, node: Node, w: Vectors) -> None:
 
 
 def _sum_over(w: Vectors, family: Product, node: Node, letter: str, places: list[tuple[Node, int]]) -> None:
-    """Sum over the same indices of both operands; a forward that is written anew may take part of the smaller one.
+    """Sum over the same indices of both operands; a forward that is written anew may take part of a small one.
 
     As of the softmax of a router, which works over all experts, for those that live.
     """
     (n, i), (m, j) = sorted(places, key=lambda p: torch.Size(shape_of(p[0])).numel())
+    small = 2 * torch.Size(shape_of(n)).numel() <= torch.Size(shape_of(m)).numel() and n in w.facts.varying
     spare = w.keep[n][i] & ~w.facts.needed_along(m)[j]
     meeting = None
-    if spare.any() and not spare.all() and n in w.facts.varying:
+    if small and spare.any() and not spare.all():
         if w.allowed.rewrite and w.follows(node):
             w.grow(n, i, w.keep[m][j], w.why[m][j])
             adds = project(w.facts.nonzero_constant(m), j)
