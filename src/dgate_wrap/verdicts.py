@@ -16,7 +16,7 @@ from torch.fx import Node
 from .labels import Labels, components, used
 from .tracing import Structure, Trace, find_structure
 from .tracing.capture import operation, where
-from .tracing.families import Contraction, Recurrence
+from .tracing.families import Contraction, Product, Recurrence
 from .tracing.interpreter import Interpreter
 from .tracing.operations import describe, varying_nodes
 from .tracing.structure import FIXED, UNMOVABLE, ZERO, compact, label_of, state_of
@@ -155,17 +155,21 @@ class Judge:
         out = torch.zeros(self.size, dtype=torch.int64)
         for node, family in self.families.items():
             if isinstance(family, Contraction) and family.padded:
-                since = "zeros are padded"
+                read, since = [family.x], "zeros are padded"
             elif isinstance(family, Recurrence) and any(m.bias is None for m in family.maps):
-                since = "the layer has none"
+                read, since = [family.x], "the layer has none"
+            elif isinstance(family, Product) and any(
+                n in self.trace.sources and family.weighs(n) for n in family.inputs[:2]
+            ):
+                read, since = [family.a, family.b], "the sum has none"
             else:
                 continue
-            words = structure.words.get(family.x)
-            if isinstance(words, Tensor):
-                words = compact(words)
-                found = self.structure.classes(label_of(words)[(words >= 0) & (state_of(words) == FIXED)])
-                why = f"its constant goes into no bias, since {since}: one channel carries it for all"
-                out[found] = self.number(f"{why} ({operation(node)}, {where(node)})")
+            for held in (structure.words.get(n) for n in read):
+                if isinstance(held, Tensor):
+                    words = compact(held)
+                    found = self.structure.classes(label_of(words)[(words >= 0) & (state_of(words) == FIXED)])
+                    why = f"its constant goes into no bias, since {since}: one channel carries it for all"
+                    out[found] = self.number(f"{why} ({operation(node)}, {where(node)})")
         return out
 
     @property

@@ -239,7 +239,8 @@ class _Search:
         owners = [self.dense.get_submodule(n.rpartition(".")[0]) for n in draft.tensors]
         new = any(n not in draft.plan.cuts for n in draft.tensors)
         scaled = any(isinstance(f, NormedWeight) for f in widths.facts.families.values())
-        return new or scaled or bool(widths.folds) or any(isinstance(m, nn.RMSNorm) for m in owners)
+        folded = bool(widths.folds or widths.merged)
+        return new or scaled or folded or any(isinstance(m, nn.RMSNorm) for m in owners)
 
     def named(self, failure: ExportError) -> ExportError:
         """Return an error that names the first module that differs."""
