@@ -119,3 +119,24 @@ def test_scattering_that_takes_more_time_than_it_spares_is_not_done() -> None:
         model[0].weight[::2] = 0
     exported = dg.export(dg.gate(model, "neurons", include="2.*"), draw(4, 8), latency=False)
     assert exported.model[0].weight.shape == (16, 8)
+
+
+class ReadInPart(Layers):
+    """What the second call of the hidden layer gives is read in part only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x + self.down(self.up(x).relu()), (16,))
+        return self.head(self.down(self.up(x).relu()))
+
+
+def test_all_calls_of_a_layer_scatter_alike() -> None:
+    model = ReadInPart(bias=True)
+    randomize(model, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.down.weight[torch.arange(16) % 4 > 0] = 0
+        model.down.bias[torch.arange(16) % 4 > 0] = 0
+        model.head.weight[:, 4:] = 0
+    x = draw(2, 3, 16)
+    exported = dg.export(dg.gate(model, "neurons", include="down.*").eval(), x, latency=False)
+    assert exported.model.down.weight.shape[0] == 4
+    assert torch.allclose(exported.model(x), model(x), atol=1e-5)

@@ -84,7 +84,7 @@ def test_the_certificate_says_what_was_compared_and_what_was_removed(tmp_path: P
 @pytest.fixture
 def no_retreat(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nothing be kept whole where a plan fails, so that no other plan can go round the fault."""
-    monkeypatch.setattr(search._Search, "_colder", lambda self, frozen, path: None)
+    monkeypatch.setattr(search._Search, "_colder", lambda self, frozen, path, filled: None)
 
 
 @pytest.mark.usefixtures("no_retreat")

@@ -500,6 +500,8 @@ def _(family: Contraction, node: Node, w: Vectors) -> None:
         rows = w.keep[node][family.out_axis] & some_weight(w.facts, node)
         w.grow(weight, family.w_out, rows, w.why[node][family.out_axis])
         w.grow(node, family.out_axis, w.keep[weight][family.w_out], NEEDED)
+        for other in (n for n in weight.users if n is not node and n in w.allowed.scattered):  # by the same hook
+            w.link(node, family.out_axis, other, cast(Contraction, w.facts.families[other]).out_axis)
         if bias is not None:
             w.link(bias, 0, weight, family.w_out)
     elif bias is not None:
