@@ -21,8 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from zoo import ZOO
 
 import dgate_wrap as dg
+from dgate_wrap.errors import TraceWarning
 from dgate_wrap.tracing import Trace, capture, normalize_inputs
-from dgate_wrap.tracing.capture import TraceWarning, _Forward, _recorded, operation, where
+from dgate_wrap.tracing.capture import _Forward, _recorded
+from dgate_wrap.tracing.origins import operation, where
 from dgate_wrap.tracing.recorder import quiet, tensors_in
 
 

@@ -14,8 +14,10 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx import Graph
 
 from dgate_wrap.tracing import lowering
-from dgate_wrap.tracing.capture import Inputs, operation, trace_of
+from dgate_wrap.tracing.capture import trace_of
+from dgate_wrap.tracing.inputs import Inputs
 from dgate_wrap.tracing.lowering import lower
+from dgate_wrap.tracing.origins import operation
 from dgate_wrap.tracing.recorder import quiet
 
 FREE = {"aten.clone", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.sym_size"}

@@ -15,13 +15,12 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .errors import GateError, GroupingError
+from .errors import GateError, GroupingError, TraceWarning
 from .gates import gated_tensors
 from .groupings.registry import lookup, needs_trace, resolve
 from .groupings.select import restrict
 from .labels import overlap
 from .tracing import capture
-from .tracing.capture import TraceWarning
 from .verdicts import Judge, Part, count_by_severity
 
 Verdict: TypeAlias = Literal["exactly", "with compensation", "no", "in part", "unknown"]

@@ -17,7 +17,8 @@ from .errors import PruneError
 from .gates import GatedTensor, by_gates, require_gated
 from .penalty import group_sizes
 from .tracing import Inputs, normalize_inputs
-from .tracing.capture import evaluating, unchanged
+from .tracing.capture import evaluating
+from .tracing.recorder import unchanged
 
 Scope = Literal["groups", "parameters", "flops"]
 

@@ -15,10 +15,10 @@ from torch.fx import Node
 
 from .labels import Labels, components, used
 from .tracing import Structure, Trace, find_structure
-from .tracing.capture import operation, where
 from .tracing.families import Contraction, Product, Recurrence
 from .tracing.interpreter import Interpreter
 from .tracing.operations import describe, varying_nodes
+from .tracing.origins import operation, where
 from .tracing.structure import FIXED, UNMOVABLE, ZERO, compact, label_of, state_of
 
 _OF_CHANNELS = frozenset({"channels", "hidden", "heads", "embedding_dims", "rnn"})

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..tracing import Structure, find_structure
+from ..tracing.origins import place
 from ..tracing.structure import compact, label_of
 from .copies import share
 from .cuts import Cut, Gather
 from .facts import Facts
 from .masks import any_of
-from .search import place
 from .verify import Verifier
 
 _RUNS = 16

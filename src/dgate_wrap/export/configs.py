@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import heapq
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, TypeAlias, cast
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from ..tracing import Inputs
+from ..tracing.origins import place
 from .verify import relative_error, run
 
 Field: TypeAlias = tuple[str | int, ...]
@@ -63,7 +63,7 @@ def _uneven(config: Any, before: Shapes, after: Shapes) -> bool:
     if any(isinstance(field[-1], int) for field, _ in _numbers(config)):
         return False
     sizes: dict[Any, tuple[int, ...]] = {}
-    alike = (((re.sub(r"\d+", "*", n), shape), after[n]) for n, shape in before.items())
+    alike = (((place(n), shape), after[n]) for n, shape in before.items())
     return any(sizes.setdefault(layer, new) != new for layer, new in alike)
 
 

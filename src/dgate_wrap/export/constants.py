@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..tracing import Trace
-from ..tracing.capture import operation
 from ..tracing.families import (
     Attention,
     Bilinear,
@@ -38,6 +37,7 @@ from ..tracing.operations import (
     source_indices,
     varying_nodes,
 )
+from ..tracing.origins import operation
 from .masks import along, any_of, full_mask, is_any, on_axis, others, project, taps
 
 

@@ -14,7 +14,8 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from ..tracing import Inputs, Trace, capture
-from ..tracing.capture import evaluating, operation, without_cache
+from ..tracing.capture import evaluating, without_cache
+from ..tracing.origins import operation
 from .constants import rounding
 from .cuts import Cut, cut_axes
 from .recipes import bind, plain_signature

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import Node
 
-from ..tracing.capture import owner, owners
+from ..tracing.origins import owner, owners
 from .facts import Facts
 
 

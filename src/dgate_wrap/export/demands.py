@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..tracing.capture import operation
 from ..tracing.families import (
     Attention,
     Barrier,
@@ -36,6 +35,7 @@ from ..tracing.families import (
     Recurrence,
 )
 from ..tracing.operations import is_tensor, op_name, shape_of
+from ..tracing.origins import operation
 from .facts import Facts
 from .masks import on_axis, others, project
 from .vectors import NEEDED, Columns, Units, Vectors

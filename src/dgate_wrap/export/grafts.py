@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from ..tracing.capture import all_tensors, owners
+from ..tracing.capture import all_tensors
+from ..tracing.origins import owners
 from ..tracing.symbolic import Symbolic
 from .culprits import Call, same_value
 from .dead import Branch

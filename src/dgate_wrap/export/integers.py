@@ -9,7 +9,7 @@ from itertools import combinations, islice, product
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..tracing.capture import owner, owners
+from ..tracing.origins import owner, owners
 from .widths import Widths
 
 Patch = dict[str, dict[str, int]]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..tracing import Trace
-from ..tracing.capture import owner
 from ..tracing.families import Contraction, Mixing, NormedWeight, Product, Recurrence
 from ..tracing.operations import shape_of
+from ..tracing.origins import owner
 from .cuts import Cut, by_group, cut_axes, indices
 from .demands import norms
 from .recipes import Recipe, Rewritten

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from ..tracing.capture import owner, owners, where
 from ..tracing.families import Attention, Contraction, Pointwise, Product
 from ..tracing.operations import op_name, shape_of
+from ..tracing.origins import owner, owners, where
 from ..tracing.symbolic import Symbolic, is_open
 from .constants import rounding
 from .plan import Permissions

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..pruning import PruneReport, count_flops
 from ..tracing import Inputs
-from ..tracing.capture import evaluating, unchanged
+from ..tracing.capture import evaluating
+from ..tracing.recorder import unchanged
 from .verify import Certificate
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import cast
@@ -14,8 +13,8 @@ from torch.fx import Node
 
 from ..errors import ExportError, TraceError
 from ..tracing import Inputs
-from ..tracing.capture import owner
 from ..tracing.families import NormedWeight
+from ..tracing.origins import owner, place
 from ..tracing.symbolic import Symbolic, capture_symbolic, is_open
 from .caches import cached_uses, given_caches
 from .copies import share
@@ -413,11 +412,6 @@ class _Search:
                     patch = fewer  # noqa: PLW2901
             return draft.patched(patch)
         return None
-
-
-def place(path: str) -> str:
-    """Return where in its layer a module lies: its path without the numbers."""
-    return re.sub(r"\d+", "#", path)
 
 
 def _like(model: nn.Module, name: str, value: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..tracing.capture import where
 from ..tracing.families import Contraction, Indexing, Mixing
 from ..tracing.operations import op_name, shape_of
+from ..tracing.origins import where
 from ..tracing.symbolic import is_open
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..tracing.capture import operation, owner, where
 from ..tracing.families import Pick
 from ..tracing.operations import shape_of
+from ..tracing.origins import operation, owner, where
 from .facts import Facts
 from .masks import any_of, is_any, others
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..tracing.capture import owner
 from ..tracing.families import Contraction, Movement, Product, Recurrence
 from ..tracing.operations import op_name
+from ..tracing.origins import owner
 from .constants import rounding
 from .demands import demand
 from .facts import Facts

@@ -12,10 +12,10 @@ from torch.fx import Node
 from ..errors import GroupingError
 from ..tracing import Trace
 from ..tracing.branches import Projections, last_projections
-from ..tracing.capture import where
 from ..tracing.families import Contraction, Mixing, Movement, Pick, Pointwise
 from ..tracing.flow import LIKE, Flow, axis_labels, is_floating, value_inputs
 from ..tracing.nodes import names, op_name, shape_of
+from ..tracing.origins import where
 from .registry import register_grouping
 
 

@@ -11,11 +11,11 @@ from torch.fx import Node
 
 from ..tracing import Trace
 from ..tracing.branches import Projections, last_projections
-from ..tracing.capture import where
 from ..tracing.families import Barrier, Contraction, Indexing, Mixing, Movement, Pick, Pointwise, Product
 from ..tracing.flow import LIKE, Flow, axis_labels, is_floating, value_inputs
 from ..tracing.movements import source_indices
 from ..tracing.nodes import op_name, shape_of
+from ..tracing.origins import where
 from .branches import Found, is_sum, join, keep_exclusive, nothing_found
 from .registry import register_grouping
 

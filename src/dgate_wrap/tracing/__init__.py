@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .capture import Inputs, Source, Trace, capture, normalize_inputs
+from .capture import Source, Trace, capture
+from .inputs import Inputs, normalize_inputs
 from .interpreter import find_structure
 from .structure import Structure
 

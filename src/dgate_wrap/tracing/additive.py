@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from .branches import last_projections
-from .capture import operation, where
 from .families import Contraction, Family, Lookup, Movement, Pick, Pointwise, Product
 from .flow import Flow, StuckError
 from .nodes import is_tensor, shape_of
+from .origins import operation, where
 from .provenance import Provenance, distinct_pairs, is_linear, learned_nodes, linked, live_inputs, readings, weights_of
 
 NO_LEAF = -1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import Trace, operation, where
+from .capture import Trace
 from .families import (
     Attention,
     Barrier,
@@ -50,6 +50,7 @@ from .flow import (
 from .movements import source_indices
 from .nodes import argument_names, names, op_name, shape_of, tensor_inputs
 from .operations import gives_zero
+from .origins import operation, where
 from .structure import compact, narrow
 
 Need: TypeAlias = "Tensor | None"

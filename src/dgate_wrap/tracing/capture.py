@@ -9,8 +9,6 @@ gates: a gated model is traced on an ungated copy.
 from __future__ import annotations
 
 import contextlib
-import inspect
-import re
 import time
 import warnings
 from collections.abc import Generator, Iterator, Mapping
@@ -27,23 +25,23 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import TraceError, TraceWarning
+from .inputs import Inputs, input_names, normalize_inputs, signature
 from .lowering import is_symbol, lower
+from .origins import spot_of
 from .recorder import (
     FOLLOWED,
     PREFIX,
     Recording,
-    Spot,
     UnrecordableError,
-    is_foreign,
     quiet,
     record,
     same_random_numbers,
     show,
-    spots_of_error,
     storage_of,
     tensors_in,
     unchanged,
 )
+from .refusals import first_line, innermost, require_running, says_followed, untraceable
 from .rewrite import split_einsums
 
 PATIENCE = 100.0
@@ -58,57 +56,6 @@ _KINDS: dict[InputKind, Kind] = {
     InputKind.CUSTOM_OBJ: "constant",
     InputKind.USER_INPUT: "input",
 }
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Example inputs, as positional and keyword arguments of the model's forward."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def leaves(self) -> list[Any]:
-        """Return every leaf, tensors and others, in the order of the graph's placeholders."""
-        return pytree.tree_leaves((self.args, self.kwargs))
-
-    def map(self, fn: Any) -> Inputs:
-        """Return the inputs with ``fn`` applied to every tensor."""
-        args, kwargs = pytree.tree_map_only(Tensor, fn, (self.args, self.kwargs))
-        return Inputs(args, kwargs)
-
-    def call(self, model: nn.Module, **extra: Any) -> Any:
-        """Call a model that may write into its inputs, and into its attributes; neither stays."""
-        given = self.map(Tensor.clone)
-        with unchanged(model):
-            return model(*given.args, **given.kwargs, **extra)
-
-
-def normalize_inputs(example_inputs: object, example_kwargs: Mapping[str, Any] | None = None) -> Inputs:
-    """Return example inputs as positional and keyword arguments.
-
-    Args:
-        example_inputs: A tensor, a tuple or list of positional inputs, or a dict of keyword inputs.
-        example_kwargs: Keyword inputs beside positional ones.
-
-    Raises:
-        TraceError: If there are none, or they are of another type.
-    """
-    kwargs = dict(example_kwargs or {})
-    if isinstance(example_inputs, Tensor):
-        return Inputs((example_inputs,), kwargs)
-    if isinstance(example_inputs, tuple | list):
-        return Inputs(tuple(cast("tuple[Any, ...]", example_inputs)), kwargs)
-    if isinstance(example_inputs, Mapping):
-        return Inputs((), {**cast("Mapping[str, Any]", example_inputs), **kwargs})
-    if example_inputs is None and kwargs:
-        return Inputs((), kwargs)
-    raise TraceError(
-        "example inputs are needed here and were not given."
-        if example_inputs is None
-        else f"example_inputs is a {type(example_inputs).__name__}.",
-        expected="a tensor, a tuple of positional inputs, or a dict of keyword inputs",
-        mend="example_inputs=torch.randn(2, 3, 32, 32), as the model's forward takes it",
-    )
 
 
 @dataclass(frozen=True)
@@ -173,38 +120,6 @@ class Trace:
         return values
 
 
-def operation(node: Node) -> str:
-    """Return the name of a node's operation without its overload, such as ``aten.conv2d``."""
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(packet) if packet is not None else getattr(node.target, "__name__", str(node.target))
-
-
-def owners(node: Node) -> dict[str, str]:
-    """Return the modules in whose forward a node was made, the outermost first: their paths, by call."""
-    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
-    inside = {call: path for call, (path, _) in stack.items() if f"{path}.".startswith(PREFIX)}
-    return {call: path.removeprefix(PREFIX[:-1]).removeprefix(".") for call, path in inside.items()}
-
-
-def owner(node: Node) -> str | None:
-    """Return the path of the module whose own forward made a node, or ``None`` if that is not known."""
-    return next(reversed(owners(node).values()), None)
-
-
-def where(node: Node) -> str:
-    """Return the source line that made a node, such as ``model.py:12 in forward``, or the node's name."""
-    spot = _spot_of(node)
-    return f"node {node.name}" if spot is None else show(spot)
-
-
-def _spot_of(node: Node) -> Spot | None:
-    """Return the innermost line of the user's code that made a node, else that of torch."""
-    found = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
-    spots: list[Spot] = [(path, int(line), function) for path, line, function in found]
-    theirs = [s for s in spots if is_foreign(s[0])]
-    return (theirs or spots or [None])[-1]
-
-
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Generator[nn.Module]:
     """Put a model into eval mode, and every module back into its own mode afterwards."""
@@ -244,7 +159,7 @@ def capture(model: nn.Module, example_inputs: object, example_kwargs: Mapping[st
         )
     if any(p.is_meta for p in model.parameters()):
         inputs = inputs.map(_to_meta)
-    with evaluating(model), without_cache(model, inputs) as extra, torch.no_grad(), quiet(), masks_as_given():
+    with _settings(model, inputs) as extra:
         call = _Forward(model, extra)
         try:
             trace, refused = trace_of(model, inputs, _export(model, call, inputs)), None
@@ -253,8 +168,15 @@ def capture(model: nn.Module, example_inputs: object, example_kwargs: Mapping[st
         if trace is None:
             trace = _recorded(model, call, inputs, cast(Exception, refused))
     if trace.notes:
-        warnings.warn(TraceWarning(_says(model, trace.notes)), stacklevel=3)
+        warnings.warn(TraceWarning(says_followed(model, trace.notes)), stacklevel=3)
     return trace
+
+
+@contextlib.contextmanager
+def _settings(model: nn.Module, inputs: Inputs) -> Generator[dict[str, Any]]:
+    """Set a model and the process up for a trace; yield what the forward takes beside its inputs."""
+    with evaluating(model), without_cache(model, inputs) as extra, torch.no_grad(), quiet(), masks_as_given():
+        yield extra
 
 
 class _Forward(nn.Module):
@@ -275,7 +197,7 @@ def _export(model: nn.Module, call: nn.Module, inputs: Inputs) -> torch.export.E
         exported = lower(torch.export.export(call, inputs.args, inputs.kwargs, strict=False))
     for node in exported.graph.nodes:
         if any(_is_symbolic(x) for x in pytree.tree_leaves(node.meta.get("val"))):
-            raise UnrecordableError(_spot_of(node), "a shape depends on the values of a tensor")
+            raise UnrecordableError(spot_of(node), "a shape depends on the values of a tensor")
     if not exported.graph_signature.user_outputs:
         raise UnrecordableError(None, "its output holds no tensor")
     return exported
@@ -296,11 +218,10 @@ def export_open(model: nn.Module, inputs: Inputs) -> Generator[tuple[torch.expor
     marked = inputs.map(Tensor.detach)  # torch notes on the tensors themselves which of their sizes are open
     given = (*marked.args, *marked.kwargs.values())
     sizes = {"args": pytree.tree_map(left_open, given)}
-    with evaluating(model), without_cache(model, inputs) as extra, torch.no_grad(), quiet(), masks_as_given():
+    with _settings(model, inputs) as extra:
         call = _Positional(model, extra, list(inputs.kwargs))
         with unchanged(model), same_random_numbers(model):
             exported = torch.export.export(call, given, dynamic_shapes=sizes, strict=False)
-            exported._guards_code = []  # conditions on sizes, which a second trace would take minutes to write down
             yield lower(exported), inputs
 
 
@@ -340,7 +261,7 @@ def trace_of(
 ) -> Trace:
     """Name every placeholder of an exported graph as the user does."""
     sources: dict[Node, Source] = {}
-    leaves = iter(zip(_input_names(model, inputs), inputs.leaves(), strict=True))
+    leaves = iter(zip(input_names(model, inputs), inputs.leaves(), strict=True))
     first: dict[int, str] = {}
     alias = {n: first.setdefault(id(t), n) for n, t in all_tensors(model)}
     owners = {_geometry(p): (n, p) for n, p in model.named_parameters()}
@@ -369,20 +290,20 @@ def trace_of(
 def _recorded(model: nn.Module, call: _Forward, inputs: Inputs, refused: Exception) -> Trace:
     """Trace one recorded run, after ``torch.export`` refused."""
     if isinstance(model, torch.jit.ScriptModule):
-        raise _untraceable(model, None, "a ScriptModule does not show its operations") from refused
+        raise untraceable(model, None, "a ScriptModule does not show its operations") from refused
     recording, exported, failed = _record(model, call, inputs)
     if isinstance(failed, UnrecordableError):
-        raise _untraceable(model, failed.spot, str(failed)) from refused
+        raise untraceable(model, failed.spot, str(failed)) from refused
     if recording is None or exported is None:
-        _require_running(model, call, inputs)
-        raise _untraceable(model, _innermost(failed) or _innermost(refused), _of(failed or refused)) from refused
+        require_running(model, call, inputs)
+        raise untraceable(model, innermost(failed) or innermost(refused), first_line(failed or refused)) from refused
     notes = (*recording.notes, *(f"{show(s)}: takes values out of torch; {FOLLOWED}" for s in recording.outside))
     trace = trace_of(model, inputs, exported, notes)
     if not _repeats(trace, model, call, inputs, recording):
         if recording.outside:
             reason = "values leave torch here, and what becomes of them outside cannot be followed"
-            raise _untraceable(model, recording.outside[0], reason) from refused
-        raise _untraceable(model, _innermost(refused), _of(refused)) from refused
+            raise untraceable(model, recording.outside[0], reason) from refused
+        raise untraceable(model, innermost(refused), first_line(refused)) from refused
     return trace
 
 
@@ -463,26 +384,10 @@ def _geometry(x: Tensor) -> tuple[Any, ...]:
     return storage_of(x), strided, x.shape, x.dtype
 
 
-def _input_names(model: nn.Module, inputs: Inputs) -> list[str]:
-    """Name every leaf of the inputs as the model's forward does, such as ``x`` or ``batch['mask']``."""
-    parameters = _signature(model)
-    positional = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    named = [(positional[i] if i < len(positional) else f"args_{i}", x) for i, x in enumerate(inputs.args)]
-    named += inputs.kwargs.items()
-    return [n + pytree.keystr(path) for n, x in named for path, _ in pytree.tree_flatten_with_path(x)[0]]
-
-
-def _signature(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    try:
-        return inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):
-        return {}
-
-
 @contextlib.contextmanager
 def without_cache(model: nn.Module, inputs: Inputs) -> Generator[dict[str, Any]]:
     """Turn off key/value caches unless the inputs ask for them; yield what the forward takes beside its inputs."""
-    names = list(_signature(model))
+    names = list(signature(model))
     if "use_cache" in inputs.kwargs or "use_cache" in names[: len(inputs.args)]:
         yield {}
         return
@@ -508,64 +413,6 @@ def masks_as_given() -> Generator[None]:
         transformer._detect_is_causal_mask = looks
 
 
-def _require_running(model: nn.Module, call: nn.Module, inputs: Inputs) -> None:
-    """Require that the model runs on the example inputs."""
-    try:
-        with unchanged(model, buffers=True), same_random_numbers(model):
-            inputs.call(call)
-    except Exception as e:
-        if any(isinstance(x, Tensor) and x.is_meta for x in inputs.leaves()) and "meta" in str(e):
-            return  # it runs, but not without values
-        shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in inputs.leaves()]
-        raise TraceError(
-            f"{type(model).__name__} does not run on the example inputs, of shapes {shapes}: {_of(e)}",
-            expected="inputs on which model(*example_inputs) runs",
-            mend="pass what your training loop passes: example_inputs=next(iter(loader))[0]",
-        ) from e
-
-
-def _untraceable(model: nn.Module, spot: Spot | None, reason: str) -> TraceError:
-    code = getattr(model.forward, "__code__", None)
-    if spot is None and code is not None and is_foreign(code.co_filename):
-        spot = code.co_filename, code.co_firstlineno, code.co_name
-    return TraceError(
-        f"{type(model).__name__} cannot be traced: {show(spot)}: {reason}",
-        expected="a forward made of torch operations. Without a trace, the groupings "
-        '"weights", "neurons", "filters", "kernels" and "in_channels" work, and so does dg.Select',
-        mend=f"move that line out of forward, or {_gate_a_child(model)}",
-    )
-
-
-def _says(model: nn.Module, notes: tuple[str, ...]) -> str:
-    return (
-        f"{type(model).__name__} was traced for the example inputs only:\n  " + "\n  ".join(notes) + "\n"
-        "Expected: a forward that does the same whatever values its tensors hold.\n"
-        f"Mend: make sure that all inputs take this path, or {_gate_a_child(model)}"
-    )
-
-
-def _gate_a_child(model: nn.Module) -> str:
-    """Say how to gate the largest child of a model instead of the whole."""
-    sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}
-    if not any(sizes.values()):
-        return "gate a submodule that has no such line"
-    name = max(sizes, key=lambda n: sizes[n])
-    child = f"model.{name}" if name.isidentifier() else f'model.get_submodule("{name}")'
-    return f'gate a submodule: dg.gate({child}, "channels", example_inputs=...)'
-
-
-def _innermost(error: BaseException | None) -> Spot | None:
-    """Return the innermost line of the user's code that an error, or one that caused it, passed through."""
-    seen: list[BaseException] = []
-    step: BaseException | None = error
-    while step is not None and step not in seen:
-        if spots := spots_of_error(step):
-            return spots[-1]
-        seen.append(step)
-        step = step.__cause__ or step.__context__
-    return None
-
-
 def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield parameters and buffers under all of their names, a tied one several times."""
     yield from model.named_parameters(remove_duplicate=False)
@@ -574,9 +421,3 @@ def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _lookup(exported: torch.export.ExportedProgram, name: str) -> Any:
     return exported.state_dict[name] if name in exported.state_dict else exported.constants[name]
-
-
-def _of(error: Exception) -> str:
-    """Return the type and the first line of an error."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-    return f"{type(error).__name__}: {line}"

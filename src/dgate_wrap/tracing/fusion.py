@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from .branches import Projections, last_projections
-from .capture import operation, where
 from .families import Family, Indexing, Lookup, Mixing, Movement, Pointwise
 from .flow import Flow, StuckError, merge_labels
 from .nodes import op_name, shape_of
+from .origins import operation, where
 from .provenance import (
     NOTHING,
     Provenance,

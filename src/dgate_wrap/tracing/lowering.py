@@ -32,6 +32,7 @@ def lower(exported: ExportedProgram) -> ExportedProgram:
     """
     lowered = _lowered(exported.graph)
     if lowered is None:
+        exported._guards_code = []  # conditions on sizes, which a second trace would take minutes to write down
         exported = exported.run_decompositions({})
         _clean(exported.graph)
         exported.graph_module.recompile()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import operation
+from .origins import operation
 
 Shape = tuple[int, ...]
 

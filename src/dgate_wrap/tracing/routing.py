@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from .branches import last_projections
-from .capture import where
 from .families import Contraction, Indexing, Lookup, Mixing, Movement, Pick, Pointwise, Product
 from .flow import Flow, StuckError
 from .movements import source_indices
 from .nodes import names, op_name, shape_of, tensor_inputs
+from .origins import where
 from .provenance import is_linear, learned_nodes, linked, live_inputs, readings, weights_of
 
 _NEVER_GATES = names("relu silu gelu elu leaky_relu hardswish softplus mish selu celu prelu log_sigmoid")

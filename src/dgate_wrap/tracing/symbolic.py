@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from .capture import Inputs, Trace, capture, export_open, normalize_inputs, trace_of
+from .capture import Trace, capture, export_open, trace_of
+from .inputs import Inputs, normalize_inputs
 from .lowering import is_symbol
 from .rewrite import split_einsums
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import Trace, operation, where
+from .capture import Trace
 from .families import Contraction, Family
 from .nodes import has_tensors, shape_of
 from .operations import describe, varying_nodes
+from .origins import operation, where
 from .structure import CONSTANT, DATA, LIVE, ZERO, Note, Slot, Structure, compact, label_of, narrow, state_of
 
 

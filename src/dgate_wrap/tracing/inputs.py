@@ -1,0 +1,82 @@
+"""Example inputs, and their names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import TraceError
+from .recorder import unchanged
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Example inputs, as positional and keyword arguments of the model's forward."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def leaves(self) -> list[Any]:
+        """Return every leaf, tensors and others, in the order of the graph's placeholders."""
+        return pytree.tree_leaves((self.args, self.kwargs))
+
+    def map(self, fn: Any) -> Inputs:
+        """Return the inputs with ``fn`` applied to every tensor."""
+        args, kwargs = pytree.tree_map_only(Tensor, fn, (self.args, self.kwargs))
+        return Inputs(args, kwargs)
+
+    def call(self, model: nn.Module, **extra: Any) -> Any:
+        """Call a model that may write into its inputs, and into its attributes; neither stays."""
+        given = self.map(Tensor.clone)
+        with unchanged(model):
+            return model(*given.args, **given.kwargs, **extra)
+
+
+def normalize_inputs(example_inputs: object, example_kwargs: Mapping[str, Any] | None = None) -> Inputs:
+    """Return example inputs as positional and keyword arguments.
+
+    Args:
+        example_inputs: A tensor, a tuple or list of positional inputs, or a dict of keyword inputs.
+        example_kwargs: Keyword inputs beside positional ones.
+
+    Raises:
+        TraceError: If there are none, or they are of another type.
+    """
+    kwargs = dict(example_kwargs or {})
+    if isinstance(example_inputs, Tensor):
+        return Inputs((example_inputs,), kwargs)
+    if isinstance(example_inputs, tuple | list):
+        return Inputs(tuple(cast("tuple[Any, ...]", example_inputs)), kwargs)
+    if isinstance(example_inputs, Mapping):
+        return Inputs((), {**cast("Mapping[str, Any]", example_inputs), **kwargs})
+    if example_inputs is None and kwargs:
+        return Inputs((), kwargs)
+    raise TraceError(
+        "example inputs are needed here and were not given."
+        if example_inputs is None
+        else f"example_inputs is a {type(example_inputs).__name__}.",
+        expected="a tensor, a tuple of positional inputs, or a dict of keyword inputs",
+        mend="example_inputs=torch.randn(2, 3, 32, 32), as the model's forward takes it",
+    )
+
+
+def input_names(model: nn.Module, inputs: Inputs) -> list[str]:
+    """Name every leaf of the inputs as the model's forward does, such as ``x`` or ``batch['mask']``."""
+    parameters = signature(model)
+    positional = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named = [(positional[i] if i < len(positional) else f"args_{i}", x) for i, x in enumerate(inputs.args)]
+    named += inputs.kwargs.items()
+    return [n + pytree.keystr(path) for n, x in named for path, _ in pytree.tree_flatten_with_path(x)[0]]
+
+
+def signature(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a model's forward by name; none if they are not known."""
+    try:
+        return inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return {}
