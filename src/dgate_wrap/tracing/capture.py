@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from ..errors import TraceError, TraceWarning
 from .inputs import Inputs, input_names, normalize_inputs, signature
 from .lowering import is_symbol, lower
-from .origins import spot_of
+from .origins import name_owners, spot_of
 from .recorder import (
     FOLLOWED,
     PREFIX,
@@ -198,6 +198,7 @@ def _export(model: nn.Module, call: nn.Module, inputs: Inputs) -> torch.export.E
     for node in exported.graph.nodes:
         if any(_is_symbolic(x) for x in pytree.tree_leaves(node.meta.get("val"))):
             raise UnrecordableError(spot_of(node), "a shape depends on the values of a tensor")
+    name_owners(exported.graph, model)
     if not exported.graph_signature.user_outputs:
         raise UnrecordableError(None, "its output holds no tensor")
     return exported
@@ -222,7 +223,9 @@ def export_open(model: nn.Module, inputs: Inputs) -> Generator[tuple[torch.expor
         call = _Positional(model, extra, list(inputs.kwargs))
         with unchanged(model), same_random_numbers(model):
             exported = torch.export.export(call, given, dynamic_shapes=sizes, strict=False)
-            yield lower(exported), inputs
+            lowered = lower(exported)
+            name_owners(lowered.graph, model)
+            yield lowered, inputs
 
 
 class _Positional(_Forward):

@@ -56,6 +56,8 @@ def describe(node: Node, varying: frozenset[Node]) -> Family:
     if node.target is operator.getitem:
         return Pick(cast(Node, node.args[0]), cast(int, node.args[1]))
     name, inputs = op_name(node), tensor_inputs(node)
+    if any(0 in shape_of(n) for n in (node, *inputs) if is_tensor(n)):
+        return Barrier(inputs)  # an expert that gets none of the example's tokens: nothing shows what it computes
     if name in _RULES:
         return _RULES[name](node, varying) or Barrier(inputs)
     if is_random(node):

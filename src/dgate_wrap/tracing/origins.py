@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from torch.fx import Node
+from torch import nn
+from torch.fx import Graph, Node
 
 from .recorder import PREFIX, Spot, is_foreign, show
 
@@ -21,6 +22,36 @@ def owners(node: Node) -> dict[str, str]:
     stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
     inside = {call: path for call, (path, _) in stack.items() if f"{path}.".startswith(PREFIX)}
     return {call: path.removeprefix(PREFIX[:-1]).removeprefix(".") for call, path in inside.items()}
+
+
+def name_owners(graph: Graph, model: nn.Module) -> None:
+    """Call every module by its first name: of one that has several, a trace may take another, or ``layers[:2]``."""
+    first = {module: name for name, module in model.named_modules()}
+    known: dict[str, str] = {}
+    for node in graph.nodes:
+        stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+        for path in {path for path, _ in stack.values()} - known.keys():
+            module = _module_at(model, path.removeprefix(PREFIX)) if path.startswith(PREFIX) else None
+            known[path] = path if module is None else PREFIX + first[module]
+        node.meta["nn_module_stack"] = {call: (known[path], kind) for call, (path, kind) in stack.items()}
+
+
+_SLICE = re.compile(r"(?:^|\.)slice\((-?\d+|None), (-?\d+|None), (-?\d+|None)\)\.")
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at a path that may lead through slices of lists, or ``None``."""
+    listed, *more = _SLICE.split(path, maxsplit=1)
+    try:
+        module = model.get_submodule(listed)
+        if not more:
+            return module
+        children = list(module.named_children())[slice(*(None if n == "None" else int(n) for n in more[:3]))]
+        named = dict(children) if isinstance(module, nn.Sequential) else {str(i): m for i, (_, m) in enumerate(children)}
+        name, _, rest = more[3].partition(".")
+        return _module_at(named[name], rest)
+    except (AttributeError, KeyError):
+        return None
 
 
 def owner(node: Node) -> str | None:
