@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections import Counter
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,17 +110,13 @@ def _numbers(call: Call) -> dict[int, int]:
     return {at: x for at, x in enumerate(pytree.tree_leaves(call.arguments)) if type(x) is int}
 
 
-def find_culprit(
-    model: nn.Module, inputs: Inputs, values: Mapping[Node, Any], widths: Widths, expected: list[Call]
-) -> Culprit | None:
+def find_culprit(model: nn.Module, inputs: Inputs, expected: Expected) -> Culprit | None:
     """Return the first module that fails or differs, the innermost one; ``None`` if none does.
 
     Args:
         model: The smaller model.
         inputs: What it is run on.
-        values: Per node of the graph, its value in the dense model on the same inputs.
-        widths: What is kept of them.
-        expected: The calls of the dense model's modules.
+        expected: What its modules should give.
     """
     calls: list[Call] = []
     open_calls: list[str] = []
@@ -134,13 +131,11 @@ def find_culprit(
             inputs.call(model, **extra)
     except Exception:
         failed = open_calls[-1] if open_calls else ""
-    by_value = _Values(values, widths)
-    wanted: dict[str, list[Call]] = {}
-    for call in expected:
-        wanted.setdefault(call.path, []).append(call)
+    counts: Counter[str] = Counter()
     for done, call in enumerate(calls):  # what fails may be the victim of one that ran, and gave something else
-        known = wanted.get(call.path)
-        if not known or not by_value.agree(known.pop(0).result, call.result):
+        agrees = expected.agrees(call.path, counts[call.path], call.result)
+        counts[call.path] += 1
+        if not agrees:
             return Culprit(_with_code(model, call.path), done, call.path)
     return None if failed is None else Culprit(_with_code(model, failed), len(calls), failed)
 
@@ -171,7 +166,7 @@ def first_difference(
     with contextlib.suppress(Exception):  # a name is a help; without one the error is raised all the same
         values = values_on(dense, trace, inputs[0])
         if values is not None:
-            found = find_culprit(small, inputs[1], values, widths, record_calls(dense, inputs[0]))
+            found = find_culprit(small, inputs[1], Expected(values, widths, record_calls(dense, inputs[0])))
             return None if found is None else found.call
     return None
 
@@ -211,38 +206,60 @@ def same_value(a: Tensor, b: Tensor) -> bool:
     return all(bool(((x - y).abs() <= bound).all()) for x, y in (first, (a, b)))
 
 
-class _Values:
-    """Tells what a tensor of the dense model should be in the smaller one."""
+def _any_same(known: list[tuple[Tensor, Tensor]], y: Tensor) -> bool:
+    """Tell whether a tensor is one of some, but for what nobody needs; of what is not in the graph, it is."""
+    return not known or any(_same(x, idle, y) for x, idle in known)
 
-    def __init__(self, values: Mapping[Node, Any], widths: Widths) -> None:
+
+def _same(x: Tensor, idle: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape:
+        return False
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    scale = float(x.abs().max()) if x.numel() else 0.0
+    same = (x - y).abs() <= 1e-6 * scale + 1e-30
+    return bool((same | idle).all())
+
+
+class Expected:
+    """What the modules of the smaller model should give.
+
+    Args:
+        values: Per node of the graph, its value in the dense model on the same inputs.
+        widths: What is kept of them.
+        calls: The calls of the dense model's modules.
+    """
+
+    def __init__(self, values: Mapping[Node, Any], widths: Widths, calls: Iterable[Call]) -> None:
         self.values, self.widths = values, widths
+        self._calls: dict[str, list[Call]] = {}
+        for call in calls:
+            self._calls.setdefault(call.path, []).append(call)
+        self._kept: dict[tuple[str, int], list[list[tuple[Tensor, Tensor]] | None]] = {}
         self._nodes: dict[tuple[Any, ...], list[Node]] = {}
         for node, value in values.items():
             if isinstance(value, Tensor) and node in widths.keep:
                 self._nodes.setdefault((tuple(value.shape), value.dtype), []).append(node)
 
-    def agree(self, dense: Any, small: Any) -> bool:
-        """Tell whether a result of the smaller model is a result of the dense one, cut."""
-        a, b = (pytree.tree_leaves(r) for r in (dense, small))
-        pairs = [(x, y) for x, y in zip(a, b, strict=False) if isinstance(x, Tensor) and y is not None]  # None: unread
-        return len(a) == len(b) and all(isinstance(y, Tensor) and self._agree(x, y) for x, y in pairs)
-
-    def _agree(self, x: Tensor, y: Tensor) -> bool:
-        nodes = [n for n in self._nodes.get((tuple(x.shape), x.dtype), []) if same_value(self.values[n], x)]
-        if not nodes:
-            return True  # not in the graph: nothing to compare with
-        return any(self._same(n, y) for n in nodes)
-
-    def _same(self, node: Node, y: Tensor) -> bool:
-        cut = Cut((), cut_axes(self.widths.keep[node]))
-        x = cut.apply(self.values[node])
-        if x.shape != y.shape:
+    def agrees(self, path: str, count: int, result: Any) -> bool:
+        """Tell whether the result of a module's call (its first, second ...) is that of the dense model, cut."""
+        if count >= len(self._calls.get(path, [])):
             return False
-        if not x.is_floating_point():
-            return torch.equal(x, y)
-        scale = float(x.abs().max()) if x.numel() else 0.0
-        same = (x - y).abs() <= 1e-6 * scale + 1e-30
-        return bool((same | cut.apply(self._idle(node))).all())
+        known, given = self._results(path, count), pytree.tree_leaves(result)
+        pairs = [(x, y) for x, y in zip(known, given, strict=False) if x is not None and y is not None]  # None: unread
+        return len(known) == len(given) and all(isinstance(y, Tensor) and _any_same(x, y) for x, y in pairs)
+
+    def _results(self, path: str, count: int) -> list[list[tuple[Tensor, Tensor]] | None]:
+        """Return, per leaf of a result that is a tensor, what it may be when cut, and what nobody needs of that."""
+        if (path, count) not in self._kept:
+            leaves = pytree.tree_leaves(self._calls[path][count].result)
+            self._kept[path, count] = [self._cut(x) if isinstance(x, Tensor) else None for x in leaves]
+        return self._kept[path, count]
+
+    def _cut(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        nodes = [n for n in self._nodes.get((tuple(x.shape), x.dtype), []) if same_value(self.values[n], x)]
+        cuts = [(n, Cut((), cut_axes(self.widths.keep[n]))) for n in nodes]
+        return [(cut.apply(self.values[n]), cut.apply(self._idle(n))) for n, cut in cuts]
 
     def _idle(self, node: Node) -> Tensor:
         """Mark what nobody needs, which may be anything."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -128,6 +129,24 @@ class Draft:
         tensors = {n: t for n, t in self.tensors.items() if n not in gone}
         tensors |= {prefix + n: t for n, t in constants.items()}
         return Draft(replace(self.plan, recipes={**kept, path: recipe}), tensors)
+
+
+@contextlib.contextmanager
+def remembering(model: nn.Module, patch: Mapping[str, Mapping[str, int]]) -> Generator[None]:
+    """Let modules remember other integers for a while: per attribute, per module."""
+    modules, earlier = dict(model.named_modules()), list[tuple[nn.Module, str, Any]]()
+    try:
+        for attribute, by_module in patch.items():
+            held = attribute.partition(".")[0]
+            for path, value in by_module.items():
+                module = modules.get(path)
+                if module is not None and held in vars(module):  # the forward of one that is not is written anew
+                    earlier.append((module, held, vars(module)[held]))
+                    _set(module, attribute, value)
+        yield
+    finally:
+        for module, held, value in reversed(earlier):
+            setattr(module, held, value)
 
 
 def _set(holder: Any, attribute: str, value: float) -> None:

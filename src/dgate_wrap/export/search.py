@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -18,12 +18,12 @@ from ..tracing.origins import owner, place
 from ..tracing.symbolic import Symbolic, capture_symbolic, is_open
 from .caches import cached_uses, given_caches
 from .copies import share
-from .culprits import Call, Culprit, find_culprit, first_difference, raised_in, record_calls, values_on
+from .culprits import Call, Culprit, Expected, find_culprit, first_difference, raised_in, record_calls, values_on
 from .dead import Branch, find_dead
 from .facts import Facts
 from .grafts import Grafts
 from .integers import Integers, Patch
-from .plan import Draft, Permissions, Plan, make_plan
+from .plan import Draft, Permissions, Plan, make_plan, remembering
 from .scatter import partial_rows
 from .selection import places, reduced
 from .vectors import Allowed, Frozen
@@ -383,8 +383,13 @@ class _Search:
     def _repair(self, draft: Draft, widths: Widths, grafts: Grafts | None) -> tuple[Draft, Culprit | None]:
         """Give modules other integers, or forwards that are written anew; return the first that this does not help."""
         integers = Integers(self.subject.model, widths)
-        while (culprit := self._culprit(draft, widths)) is not None:
-            better = self._with_integers(draft, culprit, integers, widths)
+        expected = Expected(self.subject.facts.values, widths, self.calls)
+        inputs = reduced(self.subject.inputs, self.dense, draft.plan.taken)
+        while (culprit := find_culprit(exact := self._exact(draft), inputs, expected)) is not None:
+            patch = _helping(exact, inputs, expected, culprit, integers.guesses(culprit.path))
+            better = None if patch is None else draft.patched(patch)
+            if better is not None and better.plan.attributes == draft.plan.attributes:  # a layer sets its own sizes
+                better = None
             if better is None and grafts is not None:
                 better = grafts.onto(draft, culprit.path)
             if better is None:
@@ -392,26 +397,26 @@ class _Search:
             draft = better
         return draft, culprit
 
-    def _culprit(self, draft: Draft, widths: Widths) -> Culprit | None:
-        inputs = reduced(self.subject.inputs, self.dense, draft.plan.taken)
-        return find_culprit(self._exact(draft), inputs, self.subject.facts.values, widths, self.calls)
 
-    def _with_integers(self, draft: Draft, culprit: Culprit, integers: Integers, widths: Widths) -> Draft | None:
-        """Set the integers that a module remembers, and those alike, so that it does not fail any more."""
+def _helping(
+    model: nn.Module, inputs: Inputs, expected: Expected, culprit: Culprit, guesses: Iterable[Patch]
+) -> Patch | None:
+    """Return the first of some guesses of integers with which a module does not fail any more, without idle ones."""
 
-        def helps(patch: Patch) -> bool:
-            found = self._culprit(draft.patched(patch), widths)
-            return found is None or (found.path != culprit.path and found.done >= culprit.done)
+    def helps(patch: Patch) -> bool:
+        with remembering(model, patch):
+            found = find_culprit(model, inputs, expected)
+        return found is None or (found.path != culprit.path and found.done >= culprit.done)
 
-        for patch in integers.guesses(culprit.path):
-            if not helps(patch):
-                continue
-            for name in list(patch):  # what is not needed is not changed
-                fewer = {k: v for k, v in patch.items() if k != name}
-                if fewer and helps(fewer):
-                    patch = fewer  # noqa: PLW2901
-            return draft.patched(patch)
-        return None
+    for patch in guesses:
+        if not helps(patch):
+            continue
+        for name in list(patch):
+            fewer = {k: v for k, v in patch.items() if k != name}
+            if fewer and helps(fewer):
+                patch = fewer  # noqa: PLW2901
+        return patch
+    return None
 
 
 def _like(model: nn.Module, name: str, value: Tensor) -> Tensor:

@@ -47,7 +47,9 @@ def _module_at(model: nn.Module, path: str) -> nn.Module | None:
         if not more:
             return module
         children = list(module.named_children())[slice(*(None if n == "None" else int(n) for n in more[:3]))]
-        named = dict(children) if isinstance(module, nn.Sequential) else {str(i): m for i, (_, m) in enumerate(children)}
+        named = (
+            dict(children) if isinstance(module, nn.Sequential) else {str(i): m for i, (_, m) in enumerate(children)}
+        )
         name, _, rest = more[3].partition(".")
         return _module_at(named[name], rest)
     except (AttributeError, KeyError):

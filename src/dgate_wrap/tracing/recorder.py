@@ -9,7 +9,6 @@ each such spot of the source is noted. The record may still write in place: `Rep
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import io
 import linecache
@@ -190,7 +189,7 @@ def unchanged(model: nn.Module, *, buffers: bool = False) -> Generator[None]:
     objects: list[Any] = [m.__dict__ for m in model.modules()]
     objects += [c for d in objects for c in d.values() if type(c) in _CONTAINERS]
     objects += [vars(c) for d in objects if isinstance(d, dict) for c in d.values() if _is_plain(c)]
-    contents = [(c, copy.copy(c)) for c in objects]
+    contents = [(c, c.copy()) for c in objects]
     values = [(b, b.detach().clone()) for b in model.buffers()] if buffers else []
     try:
         yield
@@ -217,9 +216,10 @@ def _is_plain(x: Any) -> bool:
 
 def _same_content(a: Any, b: Any) -> bool:
     """Tell whether two containers hold the same objects."""
-    if isinstance(a, dict):
-        return list(map(id, a)) == list(map(id, b)) and list(map(id, a.values())) == list(map(id, b.values()))
-    return list(map(id, a)) == list(map(id, b))
+    if len(a) != len(b):
+        return False
+    same = all(map(operator.is_, a, b))
+    return same and (not isinstance(a, dict) or all(map(operator.is_, a.values(), b.values())))
 
 
 class _Leaving(TorchFunctionMode):
