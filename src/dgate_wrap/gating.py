@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .copying import deep_copy
 from .errors import GateError, GroupingError
 from .gates import (
     GatedWeight,
@@ -116,7 +116,7 @@ def without_gates(model: nn.Module) -> nn.Module:
         return model
     gated = {id(t.omega) for t in tensors}
     try:
-        plain = copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in gated})
+        plain = deep_copy(model, {id(p): p for p in model.parameters() if id(p) not in gated})
     except Exception as e:
         raise GateError(
             f"{type(model).__name__} is gated and cannot be copied: {type(e).__name__}: {e}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..copying import deep_copy
 from ..errors import ExportError
 
 
@@ -33,7 +33,7 @@ def share(model: nn.Module, own: Collection[Tensor] = (), shared: Collection[Ten
         if type(p) is nn.Parameter and id(p) not in kept:
             memo[id(p)] = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
     try:
-        return copy.deepcopy(model, memo)
+        return deep_copy(model, memo)
     except Exception as e:
         raise ExportError(
             f"{type(model).__name__} cannot be copied: {type(e).__name__}: {e}",

@@ -319,7 +319,6 @@ def _sum_over(w: Vectors, family: Product, node: Node, letter: str, places: list
     (n, i), (m, j) = sorted(places, key=lambda p: torch.Size(shape_of(p[0])).numel())
     small = 2 * torch.Size(shape_of(n)).numel() <= torch.Size(shape_of(m)).numel() and n in w.facts.varying
     spare = w.keep[n][i] & ~w.facts.needed_along(m)[j]
-    meeting = None
     if small and spare.any() and not spare.all():
         if w.allowed.rewrite and w.follows(node):
             w.grow(n, i, w.keep[m][j], w.why[m][j])
@@ -327,8 +326,8 @@ def _sum_over(w: Vectors, family: Product, node: Node, letter: str, places: list
             w.grow(m, j, adds & w.keep[n][i], w.says(node, "it adds a constant to a sum"))
             _keep_constants(w, family, node, letter, (m, j))
             return
-        meeting = w.written_down(node, "it meets an operand of which others need more")
-    w.link(m, j, n, i, meeting)
+        w.grow(m, j, w.keep[n][i], w.written_down(node, "it meets an operand of which others need more"))
+    w.link(m, j, n, i)
     _keep_constants(w, family, node, letter, (n, i))
 
 

@@ -80,10 +80,10 @@ class Facts(Constants):
         return picked % shape_of(family.x)[axis]
 
     def takes_part(self, node: Node, n: Node, axis: int, out: Node, out_axis: int) -> bool:
-        """Tell whether an operation needs part of a smaller operand only, of which others need more.
+        """Tell whether an operation needs part of an operand only, of which others need more.
 
-        As one table of positions serves the heads of every layer; to take part of a sum of whole activations would cost
-        a copy of them. Something else that the operation reads has to gain by it.
+        As one table of positions serves the heads of every layer. Something else that the operation reads has to gain
+        by it: more than a copy costs, if the operand is no smaller than the result, as scores of attention do.
         """
         key = (node, n, axis, out, out_axis)
         if key not in self._parts:  # asked again and again while widths settle
@@ -91,8 +91,6 @@ class Facts(Constants):
         return self._parts[key]
 
     def _takes_part(self, node: Node, n: Node, axis: int, out: Node, out_axis: int) -> bool:
-        if n in self.varying and torch.Size(shape_of(n)).numel() >= torch.Size(shape_of(out)).numel():
-            return False
         spare = ~self.reached(out, out_axis)
         if n in self.varying or n.op == "placeholder":
             spare = spare & self.reached(n, axis)  # what is made from nothing may be made whole
@@ -100,8 +98,17 @@ class Facts(Constants):
             return False
         back = axis - len(shape_of(n))
         beside = [m for m in node.all_input_nodes if m is not n and is_tensor(m) and len(shape_of(m)) >= -back]
-        alike = [m for m in beside if shape_of(m)[back] == len(spare)]
+        small = n not in self.varying or torch.Size(shape_of(n)).numel() < torch.Size(shape_of(out)).numel()
+        alike = [m for m in beside if shape_of(m)[back] == len(spare) and (small or self._is_score(m))]
         return any(bool((spare & ~self.reached(m, len(shape_of(m)) + back)).any()) for m in alike)
+
+    def _is_score(self, node: Node) -> bool:
+        """Tell whether a value is a product of activations, scaled perhaps."""
+        family = self.families.get(node)
+        if isinstance(family, Pointwise):
+            live = [n for n in family.operands if n in self.varying]
+            return len(live) == 1 and self._is_score(live[0])
+        return isinstance(family, Product) and {family.a, family.b} <= self.varying
 
     def _find_live(self, node: Node) -> None:
         if node.op == "output":

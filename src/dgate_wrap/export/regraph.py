@@ -367,8 +367,7 @@ class Writing:
                 kept, takes = (self.r.widths.keep[t][a] for t, a in ((twins[n], axis), (other, other_axis)))
                 if len(kept) == len(takes) and not bool((takes & ~kept).any() or kept.equal(takes)):
                     made = take(self, made, axis, kept, takes.nonzero().flatten())
-            return made
-        if isinstance(family, Pointwise):
+        if isinstance(family, Pointwise) or (isinstance(family, Product) and twins[n] is family.addend):
             last = 0
         elif isinstance(family, Attention) and twins[n] not in (family.query, family.key, family.value):
             last = 1  # along the keys, and not the channels of the result
@@ -379,8 +378,20 @@ class Writing:
         for axis in range(len(here) - last):
             kept, takes = here[axis], wanted[axis - len(here)]
             if len(kept) == len(takes) and not kept.equal(takes):
-                made = take(self, made, axis, kept, takes.nonzero().flatten())
+                made = self._part(n, made, axis, kept, takes)
         return made
+
+    def _part(self, n: Node, made: Any, axis: int, kept: Tensor, takes: Tensor) -> Any:
+        """Take part of an axis of an operand; of an open size (batch times heads), of every block the same."""
+        if not is_open(n.meta["val"].shape[axis]):
+            return take(self, made, axis, kept, takes.nonzero().flatten())
+        size = next(p for p in range(1, len(kept) + 1) if _repeats(kept, p) and _repeats(takes, p))
+        if size == len(kept):
+            raise UnwritableError(f"{n.name} of {where(n)} is cut in a way that other sizes do not show")
+        kept, takes = kept[:size], takes[:size]
+        blocks = self.graph.call_function(torch.ops.aten.unflatten.int, (made, axis, [-1, int(kept.sum())]))
+        part = take(self, blocks, axis + 1, kept, takes.nonzero().flatten())
+        return self.graph.call_function(torch.ops.aten.flatten.using_ints, (part, axis, axis + 1))
 
     def _scattered(self, node: Node, made: Any) -> Any:
         """Spread what a contraction computes over all of its outputs."""
@@ -408,12 +419,17 @@ class Writing:
             name = _OF_DOUBLE[value]
         else:
             return value
-        for tensor, made in self.made.items():
+        own = (n for n in self.r.symbolic.graph.nodes if n.op == "placeholder" and self._is_own(n))
+        for tensor in [*self.made, *own]:
             held = tensor.meta.get("val")
             fits = isinstance(held, Tensor) and (name == "device" or held.dtype == torch.float64)
-            if fits and isinstance(made, Node):
-                return self.graph.call_function(getattr, (made, name))
+            if fits and isinstance(self.made.get(tensor, tensor), Node):
+                return self.graph.call_function(getattr, (self._get(tensor), name))
         return value
+
+    def _is_own(self, node: Node) -> bool:
+        """Tell whether a placeholder stands for a tensor of the part's own."""
+        return self.facts.trace.sources[self.r.twin(node)].name in self.names
 
     def _layer(self, node: Node) -> Any:
         """Call the layer whose forward a node is, so that it trains as before and may be replaced like any other."""
@@ -522,3 +538,8 @@ _PRIMES = (2, 7, 3, 19, 5, 31, 11, 17, 13)
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and [str(n) for n in a.shape] == [str(n) for n in b.shape]
+
+
+def _repeats(mask: Tensor, size: int) -> bool:
+    """Tell whether a mask is made of equal blocks of a size."""
+    return len(mask) % size == 0 and bool((mask.view(-1, size) == mask[:size]).all())

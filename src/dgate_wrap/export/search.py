@@ -179,8 +179,29 @@ class _Search:
         """Analyse the graph with open sizes; tell whether there is one."""
         if not self._tried_to_open:
             self._tried_to_open = True
-            self._set(self.subject.opened())
+            opened = self.subject.opened()
+            stuck = self._stuck(opened)
+            for probe in self.verifier.inputs[1:] if stuck else ():
+                if all(probe.sizes[at] != self.subject.inputs.sizes[at] for at in stuck):
+                    elsewhere = replace(self.subject, inputs=in_precision(self.subject, probe)).opened()
+                    if elsewhere.symbolic is not None and not self._stuck(elsewhere):
+                        opened = elsewhere
+                    break
+            self._set(opened)
         return self.subject.symbolic is not None
+
+    def _stuck(self, opened: Subject) -> set[tuple[int, int]]:
+        """Return the axes of which sizes vary among the probes and not in a graph: leaves of the inputs, and axes.
+
+        Such as one that a buffer is cut to, and that is as long as the buffer in the example.
+        """
+        if opened.symbolic is None:
+            return set()
+        twins, sources = opened.symbolic.twins, opened.facts.trace.sources
+        given = [n for n in opened.symbolic.graph.nodes if n.op == "placeholder" and sources[twins[n]].kind == "input"]
+        sizes = [x.sizes for x in self.verifier.inputs]
+        varied = {at for at, size in sizes[0].items() if any(s[at] != size for s in sizes)}
+        return {(i, axis) for i, axis in varied if not is_open(given[i].meta["val"].shape[axis])}
 
     @property
     def calls(self) -> list[Call]:

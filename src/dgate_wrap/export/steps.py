@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,14 +27,20 @@ class UnwritableError(Exception):
 def _sizes(w: Writing, node: Node, sizes: list[Any], start: int = 0) -> list[Any]:
     """Return sizes with every number replaced by what is kept of its axis."""
     kept = [w.r.kept(node, start + axis) for axis in range(len(sizes))]
+    told = [n if n == -1 or (isinstance(n, Node) and k.all()) else None for n, k in zip(sizes, kept, strict=True)]
+    merged = [isinstance(n, Node) and t is None for n, t in zip(sizes, told, strict=True)]
+    alone = merged.count(True) == 1 and -1 not in told  # batch times heads: the other sizes tell it
     return [
-        n if n == -1 or (isinstance(n, Node) and k.all()) else _counted(n, k) for n, k in zip(sizes, kept, strict=True)
+        t if t is not None else (-1 if alone else _share(w, n, k)) if m else int(k.sum())
+        for n, k, t, m in zip(sizes, kept, told, merged, strict=True)
     ]
 
 
-def _counted(size: Any, kept: Tensor) -> int:
-    """Return how much is kept of an axis; of one of open size, such as batch times heads, let the others tell it."""
-    return -1 if isinstance(size, Node) else int(kept.sum())
+def _share(w: Writing, size: Node, kept: Tensor) -> Node:
+    """Return what is kept of an open size of which the same share is kept at every size."""
+    step = math.gcd(int(kept.sum()), len(kept))
+    many = w.graph.call_function(operator.mul, (size, int(kept.sum()) // step))
+    return w.graph.call_function(operator.floordiv, (many, len(kept) // step))
 
 
 def _view(w: Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:

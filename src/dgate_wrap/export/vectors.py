@@ -171,7 +171,10 @@ class Vectors:
             if self.allowed.rewrite and self.follows(node):
                 self.grow(n, axis, self.keep[out][out_axis], self.why[out][out_axis])
                 return
-            meeting = self.written_down(node, "it meets an operand of which others need more")
+            said = self.written_down(node, "it meets an operand of which others need more")
+            why = self.why[n][axis]
+            written = torch.isin(why, torch.tensor(list(self._written)))
+            self.grow(out, out_axis, self.keep[n][axis], torch.where(written, why, said))
         self.link(n, axis, out, out_axis, meeting)
 
     def link_blocks(self, a: Hashable, axis_a: int, b: Hashable, axis_b: int, blocks: int) -> None:

@@ -246,8 +246,9 @@ def linear_input(flow: Flow, node: Node) -> Node | None:
         return family.x
     if isinstance(family, Pointwise):
         live = [n for n in family.operands if n in flow.varying]
-        affine = op_name(node) in ("add", "sub", "rsub") or _scales(flow, node, live[0])
-        return live[0] if len(live) == 1 and is_floating(live[0]) and affine else None
+        if len(live) != 1 or not is_floating(live[0]):
+            return None
+        return live[0] if op_name(node) in ("add", "sub", "rsub") or _scales(flow, node, live[0]) else None
     return plain_input(flow, node)
 
 

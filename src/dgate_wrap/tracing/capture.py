@@ -44,7 +44,7 @@ from .recorder import (
 from .refusals import first_line, innermost, require_running, says_followed, untraceable
 from .rewrite import split_einsums
 
-PATIENCE = 100.0
+PATIENCE = 50.0
 """Seconds that a trace with open sizes may take; it is done without if it takes longer."""
 
 Kind = Literal["parameter", "buffer", "constant", "input"]

@@ -25,6 +25,12 @@ class Inputs:
         """Return every leaf, tensors and others, in the order of the graph's placeholders."""
         return pytree.tree_leaves((self.args, self.kwargs))
 
+    @property
+    def sizes(self) -> dict[tuple[int, int], int]:
+        """The size of every axis of every tensor among the leaves."""
+        found = [(i, x.shape) for i, x in enumerate(self.leaves()) if isinstance(x, Tensor)]
+        return {(i, axis): size for i, shape in found for axis, size in enumerate(shape)}
+
     def map(self, fn: Any) -> Inputs:
         """Return the inputs with ``fn`` applied to every tensor."""
         args, kwargs = pytree.tree_map_only(Tensor, fn, (self.args, self.kwargs))

@@ -207,7 +207,10 @@ class Interpreter(Layers):
         axes = range(words.dim())
         passes = words.shape[family.x_axis] > 1 and not self._varies(labels, family.x_axis)
         passes = passes and bool((labels >= 0).any()) and not bool((narrow(words) == DATA).any())
-        if passes and node not in self.given and any(self._varies(labels, a) for a in axes):
+        along = {a for a in axes if self._varies(labels, a)}
+        kernel = shape_of(family.weight)[2:] if family.spatial else ()
+        spanned = {words.dim() - len(kernel) + i for i, size in enumerate(kernel) if size > 1}  # by words in a row, say
+        if passes and along and node not in self.given and not along & spanned:
             return self._mix_tokens(family, node, words)
         column = self._unite_over(words, [a for a in axes if a != family.x_axis], self._says(node, "live in part"))
         self._consume(node, column)
@@ -294,8 +297,9 @@ class Interpreter(Layers):
         if isinstance(results, Tensor):
             self._set(node, fit(out, shape_of(node)))
         else:
-            rest = [torch.full((), DATA)] * (len(results) - 1)
-            self._set(node, [fit(out, tuple(int(n) for n in results[0].shape)), *rest])
+            first = fit(out, tuple(int(n) for n in results[0].shape))
+            alike = family.kind == "reduction"  # variance and mean
+            self._set(node, [first, *[first if alike else torch.full((), DATA)] * (len(results) - 1)])
 
     @_label.register
     def _(self, family: Lookup, node: Node) -> None:

@@ -8,7 +8,7 @@ from typing import cast
 from torch.fx import Node
 
 from .families import Family, Mixing, NormedWeight, OpRule
-from .nodes import argument, argument_names, is_tensor, names, op_name, shape_of
+from .nodes import argument, argument_names, names, op_name, shape_of, shape_of_value, tensor_of
 
 
 def _batch_norm(node: Node, varying: frozenset[Node]) -> Family | None:
@@ -96,7 +96,7 @@ def _softmax(node: Node, varying: frozenset[Node]) -> Family | None:
     return Mixing("scan", x, frozenset({axis % ndim}), tuple(range(ndim)))
 
 
-_REDUCTIONS = names("mean sum amax amin var std logsumexp all any prod linalg_vector_norm norm")
+_REDUCTIONS = names("mean sum amax amin var var_mean std std_mean logsumexp all any prod linalg_vector_norm norm")
 _POOLS = names(
     """
     max_pool{n}d max_pool{n}d_with_indices avg_pool{n}d adaptive_avg_pool{n}d adaptive_max_pool{n}d
@@ -121,17 +121,27 @@ def _pool(n: int, node: Node, varying: frozenset[Node]) -> Family | None:
 def _reduction(node: Node, varying: frozenset[Node]) -> Family | None:
     """``sum(x)`` and ``var(x, unbiased)``, without axes, reduce everything."""
     x = node.args[0]
-    if not is_tensor(node) or not isinstance(x, Node):
+    if not isinstance(x, Node):
         return None
     ndim, arguments = len(shape_of(x)), argument_names(node)
     given = argument(node, arguments.index("dim"), "dim") if "dim" in arguments else None
     axes = range(ndim) if given in (None, []) else [given] if isinstance(given, int) else given
     mixed = frozenset(a % ndim for a in axes)
-    keepdim = len(shape_of(node)) == ndim
+    keepdim = len(shape_of_value(tensor_of(node))) == ndim
     place = iter(range(ndim))
     out_axis = tuple(next(place) if keepdim or a not in mixed else None for a in range(ndim))
     name = op_name(node)
-    return Mixing("reduction", x, mixed, out_axis, keeps_zero=name == "sum", averages=name == "mean")
+    order = argument(node, 1, "ord", 2) if name == "linalg_vector_norm" else None
+    adds = name == "sum" or (isinstance(order, int | float) and order > 0)  # zeros change nothing
+    return Mixing("reduction", x, mixed, out_axis, keeps_zero=adds, averages=name == "mean")
+
+
+def _fourier(node: Node, varying: frozenset[Node]) -> Family | None:
+    x, name = cast(Node, node.args[0]), op_name(node)
+    ndim, default = len(shape_of(x)), None if name.endswith("n") else [-2, -1] if name.endswith("2") else [-1]
+    given = argument(node, argument_names(node).index("dim"), "dim", default)
+    axes = [given] if isinstance(given, int) else range(ndim) if given is None else cast("list[int]", given)
+    return Mixing("pool", x, frozenset(a % ndim for a in axes), tuple(range(ndim)), keeps_zero=True)
 
 
 MIXINGS: dict[str, OpRule] = {
@@ -146,4 +156,6 @@ MIXINGS: dict[str, OpRule] = {
     **dict.fromkeys(("softmax", "log_softmax", "cumsum"), _softmax),
     **{name.format(n=n): functools.partial(_pool, n) for name in _POOLS for n in (1, 2, 3)},
     **dict.fromkeys(_REDUCTIONS, _reduction),
+    **dict.fromkeys(names("fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft"), _fourier),
+    **dict.fromkeys(names("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn"), _fourier),
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .capture import Trace
-from .families import Barrier, Creation, Family, OpRule, Pick, Pointwise
+from .families import Barrier, Creation, Family, Movement, OpRule, Pick, Pointwise
 from .mixings import MIXINGS
 from .movements import MOVEMENTS, source_indices
 from .nodes import is_random, is_tensor, names, op_name, shape_of, tensor_inputs, tensor_of
@@ -53,11 +53,17 @@ def describe(node: Node, varying: frozenset[Node]) -> Family:
         node: The node.
         varying: The nodes that depend on the model's inputs.
     """
+    family, inputs = _describe(node, varying), tensor_inputs(node)
+    empty = any(0 in shape_of(n) for n in (node, *inputs) if is_tensor(n))
+    if empty and not isinstance(family, Movement | Pick | Creation):
+        return Barrier(inputs)  # an expert that gets none of the example's tokens: nothing shows what it computes
+    return family
+
+
+def _describe(node: Node, varying: frozenset[Node]) -> Family:
     if node.target is operator.getitem:
         return Pick(cast(Node, node.args[0]), cast(int, node.args[1]))
     name, inputs = op_name(node), tensor_inputs(node)
-    if any(0 in shape_of(n) for n in (node, *inputs) if is_tensor(n)):
-        return Barrier(inputs)  # an expert that gets none of the example's tokens: nothing shows what it computes
     if name in _RULES:
         return _RULES[name](node, varying) or Barrier(inputs)
     if is_random(node):
