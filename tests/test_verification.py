@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import dgate_wrap as dg
 from dgate_wrap.export import api, plan, search
 from dgate_wrap.export.copies import InDouble, share
+from dgate_wrap.export.verify import _Reference
+from dgate_wrap.tracing import normalize_inputs
 
 TOKENS = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
 
@@ -365,3 +367,39 @@ def test_what_a_run_writes_into_attributes_does_not_stay() -> None:
     assert model.window == exported.model.window == 4
     assert exported.model.first.out_features < 8
     torch.testing.assert_close(exported.model(x), model(x))
+
+
+class OnlyNarrow(nn.Module):
+    """Gives no numbers in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8, bias=False), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = float("nan") if x.dtype == torch.float64 else 1.0
+        return self.down(self.up(x).relu()) * scale
+
+
+def test_a_model_without_numbers_in_float64_is_compared_in_its_own_precision() -> None:
+    model, x = OnlyNarrow().eval(), torch.randn(3, 4)
+    dg.gate(model, dg.Select(names="up.weight", axis=0))
+    dg.prune(model, ratio=0.5)
+    exported = dg.export(model, x, latency=False)
+    assert exported.model.up.out_features == 4
+    assert "gives no finite numbers" in exported.report.certificate.precision
+    assert list(exported.report.certificate.max_error) == ["own precision"]
+    with torch.no_grad():
+        assert torch.allclose(model(x), exported.model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("factor", "double"), [(1 + 1e-7, 1e-10), (1.05, 20 * 0.05 * 2.0**-29)])
+def test_rounding_is_allowed_for_and_nothing_else(factor: float, double: float) -> None:
+    """What float32 rounds by 5 %, float64 may round by 5 % of its share; what is no number allows for nothing."""
+    exact = [torch.randn(3, 4, dtype=torch.float64)]
+    least = {"own precision": 1e-5, "float64": 1e-10}
+    for own in ([(exact[0] * factor).float()], [torch.full((3, 4), float("nan"))]):
+        found = _Reference("example", normalize_inputs(torch.ones(1)), own, exact).tolerance(least)
+        expected = double if own[0].isfinite().all() else 1e-10
+        assert found["float64"] == pytest.approx(expected, rel=1e-3)
+        assert found["own precision"] <= 20 * 0.051

@@ -27,7 +27,7 @@ from .plan import Plan
 from .report import Kept, Report, Size, find_kept, latencies, measure
 from .search import Found, Subject, differing, smallest
 from .selection import reduced
-from .verify import Certificate, Verifier, constant_output, run, to_double
+from .verify import Certificate, Verifier, constant_output, finite, run, to_double
 
 _LARGE = 2 * 2**30
 """Bytes of weights above which a copy in float64 is not made: then float64 is used operation by operation."""
@@ -216,9 +216,11 @@ def _analyse(
     try:
         with clock("analysis"):
             given = run(doubled, exact)  # some operations know float32 only
+        if not finite(given) and finite(run(dense, inputs)):
+            raise ArithmeticError
         return _subject(doubled, exact, clock), doubled, given, "float64, and its own"
     except Exception as e:
-        why = f"its own alone: it does not run or trace in float64 ({type(e).__name__})"
+        why = f"its own alone: it does not run or trace in float64, or gives no finite numbers ({type(e).__name__})"
         return _subject(share(dense).cpu(), here, clock), None, None, why
 
 

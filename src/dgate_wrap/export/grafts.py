@@ -143,7 +143,7 @@ class Grafts:
         arguments = pytree.tree_unflatten(leaves, form)
         takes = {"dict": {n: describe_tree(v, given) for n, v in arguments.items()}}
         read = {n for node in nodes for n in node.all_input_nodes if n not in inside}
-        inputs = [self._given(x, read) for x in given]
+        inputs = [self._given(x, read, self._names(path)) for x in given]
         candidates = [*reversed(nodes), *(n for same in inputs for n in same)]
         outputs: list[Node] = []
 
@@ -179,14 +179,15 @@ class Grafts:
         emptied = {n.rpartition(".")[0] for n in names} - left - {""}
         return [n for n in stays if not stays[n] and (n in names or n.rpartition(".")[0] in emptied)]
 
-    def _given(self, x: Tensor, read: set[Node]) -> list[Node]:
+    def _given(self, x: Tensor, read: set[Node], own: Collection[str]) -> list[Node]:
         """Return the nodes that a module reads from outside and that have the value of an argument."""
-        same = [n for n in self.symbolic.twins if (self._has(n, x) and n.op != "placeholder") or self._is_input(n, x)]
+        same = [n for n in self.symbolic.twins if self._may_be_given(n, own) and self._has(n, x)]
         return [n for n in same if n in read] or same[:1]
 
-    def _is_input(self, node: Node, x: Tensor) -> bool:
+    def _may_be_given(self, node: Node, own: Collection[str]) -> bool:
+        """Tell whether a node may be an argument of a module: not a constant, or a tensor of its own."""
         source = self.facts.trace.sources.get(self.symbolic.twins[node])
-        return source is not None and source.kind == "input" and self._has(node, x)
+        return source is None or source.kind == "input" or (source.kind != "constant" and source.name not in own)
 
     def _returned(self, x: Tensor, candidates: list[Node]) -> Node | None:
         return next((n for n in candidates if n in self.symbolic.twins and self._has(n, x)), None)

@@ -81,12 +81,12 @@ class Plan:
             resize_attributes(module)
         for path, recipe in self.recipes.items():
             prefix = f"{path}." if path else ""
-            graft = Rewritten(model.get_submodule(path), recipe, {c: tensors[prefix + c] for c in recipe.constants})
-            parent, _, leaf = path.rpartition(".")
-            if path:
-                model.get_submodule(parent)._modules[leaf] = graft
-            else:
-                model = graft
+            module = model.get_submodule(path)
+            graft = Rewritten(module, recipe, {c: tensors[prefix + c] for c in recipe.constants})
+            places = [(m, leaf) for m in model.modules() for leaf, child in m._modules.items() if child is module]
+            for parent, leaf in places:  # under all of its names
+                parent._modules[leaf] = graft
+            model = model if path else graft
         for path, scatter in self.scatters.items():
             layer = dict(model.named_modules()).get(path)
             if layer is not None and getattr(layer, "weight", None) is not None:

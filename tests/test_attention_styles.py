@@ -1,0 +1,226 @@
+"""Attention as people write it: what belongs to a head goes with it, wherever it is made and whoever shares it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import randomize
+from torch import Tensor, nn
+
+import dgate_wrap as dg
+
+WIDTH, HEADS, SIZE = 12, 3, 4
+
+
+class TimeFirst(nn.Module):
+    """Of shape (time, batch, width), with batch and heads merged and the time left to be told (fairseq)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        time, batch, width = x.shape
+        assert width == WIDTH
+        q = self.query(x).view(time, batch * HEADS, SIZE).transpose(0, 1)
+        k, v = (t.contiguous().view(-1, batch * HEADS, SIZE).transpose(0, 1) for t in (self.key(x), self.value(x)))
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if bias is not None:
+            scores = bias.baddbmm(q, k.transpose(1, 2), alpha=0.5)
+        return self.out((scores.softmax(-1) @ v).transpose(0, 1).reshape(time, batch, width))
+
+
+class Scored(TimeFirst):
+    """Adds to its scores, per head, what it is given: a bias and a mask in one, as large as the scores (T5)."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        assert bias is not None
+        batch, tokens, _ = x.shape
+        q, k, v = (f(x).view(batch, -1, HEADS, SIZE).transpose(1, 2) for f in (self.query, self.key, self.value))
+        scores = q @ k.transpose(2, 3) + bias
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, WIDTH))
+
+
+class Masked(TimeFirst):
+    """Cuts its mask to the tokens that there are (nanoGPT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(6, 6, dtype=torch.bool).tril())
+        self.heads = HEADS
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        batch, tokens, width = x.shape
+        sizes = batch, tokens, self.heads, width // self.heads
+        q, k, v = (f(x).view(sizes).transpose(1, 2) for f in (self.query, self.key, self.value))
+        scores = (q @ k.transpose(2, 3)).masked_fill(~self.mask[:tokens, :tokens], -1e9)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Stack(nn.Module):
+    """Two layers of one attention, called through a slice of their list, which has a second name."""
+
+    def __init__(self, attention: type[TimeFirst]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([attention(), attention()])
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])
+        self.first, self.head = self.layers[0], nn.Linear(WIDTH, 2)
+
+    def bias(self, x: Tensor) -> Tensor | None:
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias(x)
+        for layer, norm in zip(self.layers[:2], self.norms, strict=True):
+            x = x + layer(norm(x), bias)
+        return self.head(x)
+
+
+class Slopes(Stack):
+    """ALiBi: distances, at a slope of its own for each head, once for all layers; batch and heads are merged."""
+
+    def bias(self, x: Tensor) -> Tensor | None:
+        slopes = torch.pow(0.5, torch.arange(1, HEADS + 1)).to(x.dtype)
+        distances = torch.arange(x.shape[0]).expand(x.shape[1], 1, -1)
+        return (slopes[:, None] * distances).view(x.shape[1] * HEADS, 1, x.shape[0])
+
+
+class Table(Stack):
+    """A table of one bias per head and distance, with a mask, once for all layers."""
+
+    def __init__(self, attention: type[TimeFirst]) -> None:
+        super().__init__(attention)
+        self.table = nn.Embedding(9, HEADS)
+
+    def bias(self, x: Tensor) -> Tensor | None:
+        at = torch.arange(x.shape[1])
+        found = self.table((at[:, None] - at).clamp(-4, 4) + 4).permute(2, 0, 1).unsqueeze(0)
+        return found + torch.where(x[:, None, None, :, 0] > -9, 0.0, -1e4).to(x.dtype)
+
+
+def with_dead_heads(model: nn.Module, dead: list[int], x: Tensor) -> nn.Module:
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model.eval(), "heads", example_inputs=x)
+    gates = list(dict.fromkeys(t.gates for t in dg.gates.gated_tensors(model)))
+    starts = [sum(g.num_groups for g in gates[:i]) for i in range(len(gates))]
+    with torch.no_grad():
+        for g, start in zip(gates, starts, strict=True):
+            g.gamma[[i - start for i in dead if start <= i < start + g.num_groups]] = 0
+    return model
+
+
+CASES = {
+    "merged batch and heads": (lambda: Stack(TimeFirst), (6, 3)),
+    "slopes that all layers share": (lambda: Slopes(TimeFirst), (6, 3)),
+    "a table that all layers share": (lambda: Table(Scored), (3, 6)),
+    "as long as its buffer": (lambda: Stack(Masked), (2, 6)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_other_heads_die_in_every_layer(name: str) -> None:
+    build, shape = CASES[name]
+    x = torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(0))
+    model = with_dead_heads(build(), [0, 4, 5], x)  # one in the first layer, two in the second
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.removed == 3
+    assert not exported.report.kept
+    small = exported.model
+    assert small.layers[0].query.out_features == 2 * SIZE
+    assert small.layers[1].out.in_features == SIZE
+    assert small.first is small.layers[0]
+    for sizes in (shape, (4, 2), (1, 1)):
+        probe = torch.randn(*sizes, WIDTH, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            assert torch.allclose(model(probe), small(probe), rtol=1e-4, atol=1e-5)
+
+
+class Feedforward(nn.Module):
+    """Holds a function that reads its modules from around it (minGPT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"up": nn.Linear(6, 8, bias=False), "down": nn.Linear(8, 3)})
+        parts = self.parts
+        self.run = lambda x: parts["down"](parts["up"](x).relu())
+        self.runs = {"run": self.run}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x) + self.runs["run"](x)
+
+
+def test_functions_that_hold_modules_follow_the_exported_model() -> None:
+    model, x = Feedforward(), torch.randn(5, 6)
+    dg.gate(model, "neurons", exclude="parts.down.*")
+    dg.prune(model, ratio=0.5)
+    exported = dg.export(model, x, latency=False)
+    small, before = exported.model, model(x)
+    assert small.parts["up"].out_features == 4
+    with torch.no_grad():
+        assert torch.allclose(before, small(x), rtol=1e-5, atol=1e-6)
+        small.parts["down"].bias += 1
+    assert torch.allclose(before, model(x))
+    assert torch.allclose(before + 2, small(x), rtol=1e-5, atol=1e-5)
+
+
+class Languages(nn.Module):
+    """An adapter per language, of which one has nothing to do on the example (X-MOD)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(6, 8), nn.Linear(8, 2)
+        self.adapters = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+
+    def forward(self, x: Tensor, language: Tensor) -> Tensor:
+        x = self.up(x).relu()
+        out = torch.zeros_like(x)
+        for i, adapter in enumerate(self.adapters):
+            out[language == i] = adapter(x[language == i])
+        return self.head(out)
+
+
+@pytest.mark.filterwarnings("ignore::dgate_wrap.TraceWarning")
+def test_an_adapter_without_tokens_stays_whole_with_all_that_it_reads() -> None:
+    model = Languages().eval()
+    x, language = torch.randn(4, 6), torch.zeros(4, dtype=torch.long)
+    before = copy.deepcopy(model)(x, language)
+    with pytest.raises(dg.GroupingError, match=r"8 held back: an operation without a rule"):
+        dg.gate(model, "channels", example_inputs=(x, language))
+    dg.gate(model, dg.Select(names="up.*", axis=0))
+    assert torch.equal(model(x, language), before)
+    with torch.no_grad():
+        next(iter(dg.gates.gated_tensors(model))).gates.gamma[:3] = 0
+    small = dg.export(model, (x, language), latency=False).model
+    assert small.adapters[1].weight.shape == (8, 8)
+    assert small.up.out_features == 8
+    for value in (language, 1 - language):
+        assert torch.allclose(model(x, value), small(x, value), rtol=1e-5, atol=1e-6)
+
+
+class Words(nn.Module):
+    """Convolutions that span whole words and a few of them in a row (Kim, 2014)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(20, 8), nn.Linear(10, 2)
+        self.convs = nn.ModuleList([nn.Conv2d(2, 5, (n, 8), padding=(n - 1, 0)) for n in (2, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = self.words(x)
+        words = torch.stack([words, words.tanh()], 1)
+        found = [conv(words).relu().squeeze(3) for conv in self.convs]
+        return self.head(torch.cat([F.max_pool1d(f, f.shape[2]).squeeze(2) for f in found], 1))
+
+
+def test_convolutions_over_whole_words_lose_filters() -> None:
+    model, x = Words().eval(), torch.randint(0, 20, (3, 7))
+    dg.gate(model, "hidden", example_inputs=x)
+    dg.prune(model, ratio=0.4)
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.removed == 4
+    assert exported.model.head.in_features == 6
+    with torch.no_grad():
+        assert torch.allclose(model(x), exported.model(x), rtol=1e-5, atol=1e-6)

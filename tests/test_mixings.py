@@ -1,0 +1,106 @@
+"""What mixes along some axes leaves the others, and what is zero along those that it mixes, to the rules of export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dgate_wrap as dg
+
+
+class Spectral(nn.Module):
+    """Filters every channel along time in the frequency domain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8, bias=False), nn.Linear(8, 3)
+        self.register_buffer("filter", torch.randn(1, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        frequencies = torch.fft.rfft(self.up(x), dim=1) * self.filter
+        return self.down(torch.fft.irfft(frequencies, n=x.shape[1], dim=1))
+
+
+class Spectral2d(nn.Module):
+    """Mixes both axes of a picture, and none of its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(5, 8, 1, bias=False), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.fft.ifft2(torch.fft.fft2(self.up(x.unsqueeze(-1)))).real)
+
+
+class Normalized(nn.Module):
+    """Divides by the length of the features, which features of zero do not change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8, bias=False), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.normalize(self.up(x), dim=-1))
+
+
+class Standardized(nn.Module):
+    """Filters whose weights have no mean and a variance of one (BiT); a gain per filter makes them small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(5, 8, 1), nn.Conv1d(8, 3, 1)
+        self.gain = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(self.up.weight, dim=[1, 2], keepdim=True, unbiased=False)
+        weight = (self.up.weight - mean) / torch.sqrt(var + 1e-6) * self.gain
+        return self.down(F.conv1d(x, weight, self.up.bias).relu())
+
+
+CASES = {
+    "spectral": (Spectral, (2, 6, 6), {"up.weight": 0}),
+    "spectral in two dimensions": (Spectral2d, (2, 5, 4), {"up.weight": 0}),
+    "normalized": (Normalized, (4, 6), {"up.weight": 0}),
+    "standardized": (Standardized, (2, 5, 4), {"gain": 0, "up.bias": 0}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dead_channels_go_through_what_mixes_other_axes(name: str) -> None:
+    torch.manual_seed(0)
+    kind, shape, parameters = CASES[name]
+    model, x = kind().eval(), torch.randn(*shape)
+    dg.gate(model, {n: torch.arange(8).view(-1, *[1] * (p.dim() - 1)) for n, p in parts(model, parameters)})
+    [gates] = {t.gates for t in dg.gates.gated_tensors(model)}
+    with torch.no_grad():
+        gates.gamma[[1, 4, 5]] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.removed == 3
+    assert not exported.report.kept
+    assert exported.model.down.weight.shape[1] == 5
+    assert exported.model.up.weight.shape[0] == 5
+    for size in (x.shape[0], 5):
+        probe = torch.randn(size, *shape[1:])
+        with torch.no_grad():
+            assert torch.allclose(model(probe), exported.model(probe), rtol=1e-4, atol=1e-5)
+
+
+def parts(model: nn.Module, parameters: dict[str, int]) -> list[tuple[str, nn.Parameter]]:
+    return [(n, p) for n, p in model.named_parameters() if n in parameters]
+
+
+def test_a_length_over_features_counts_their_constants() -> None:
+    """A feature that is dead but for its bias is part of the length."""
+    torch.manual_seed(0)
+    model, x = Normalized(), torch.randn(4, 6)
+    model.up = nn.Linear(6, 8)
+    dg.gate(model.eval(), dg.Select(names="up.weight", axis=0))
+    [gates] = {t.gates for t in dg.gates.gated_tensors(model)}
+    with torch.no_grad():
+        gates.gamma[[1, 4]] = 0
+        model.up.bias[4] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.model.up.out_features == 7
+    assert [(k.groups, "adds a constant" in k.reason) for k in exported.report.kept] == [([1], True)]
