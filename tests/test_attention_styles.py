@@ -44,6 +44,24 @@ class Scored(TimeFirst):
         return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, WIDTH))
 
 
+class Relative(TimeFirst):
+    """Adds scores of its own for distances, as a mask of torch's attention (conformer)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.distance, self.start = nn.Linear(WIDTH, WIDTH, bias=False), nn.Parameter(torch.zeros(HEADS, SIZE))
+        self.heads = HEADS
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = (f(x).view(batch, tokens, -1, SIZE).transpose(1, 2) for f in (self.query, self.key, self.value))
+        at = torch.arange(tokens, dtype=x.dtype).view(1, -1, 1).expand(1, -1, WIDTH)
+        distances = self.distance((at / 3).sin()).view(1, tokens, -1, SIZE).permute(0, 2, 3, 1)
+        bias = (q + self.start[:, None]) @ distances
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(x[:, None, :, :1] > 9, -1e4))
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))
+
+
 class Masked(TimeFirst):
     """Cuts its mask to the tokens that there are (nanoGPT)."""
 
@@ -116,6 +134,7 @@ CASES = {
     "merged batch and heads": (lambda: Stack(TimeFirst), (6, 3)),
     "slopes that all layers share": (lambda: Slopes(TimeFirst), (6, 3)),
     "a table that all layers share": (lambda: Table(Scored), (3, 6)),
+    "scores for distances": (lambda: Stack(Relative), (3, 6)),
     "as long as its buffer": (lambda: Stack(Masked), (2, 6)),
 }
 

@@ -99,6 +99,7 @@ class Facts(Constants):
         back = axis - len(shape_of(n))
         beside = [m for m in node.all_input_nodes if m is not n and is_tensor(m) and len(shape_of(m)) >= -back]
         small = n not in self.varying or torch.Size(shape_of(n)).numel() < torch.Size(shape_of(out)).numel()
+        small = small or isinstance(self.families.get(node), Attention)  # which works hardest
         alike = [m for m in beside if shape_of(m)[back] == len(spare) and (small or self._is_score(m))]
         return any(bool((spare & ~self.reached(m, len(shape_of(m)) + back)).any()) for m in alike)
 
@@ -216,9 +217,11 @@ class Facts(Constants):
         asked = along(self.possible(family.query), -2) if family.repeats == 1 else None
         wide = heads if asked is None else heads & asked
         self._mark(key, fit(wide.expand(*wide.shape[:-2], *shape_of(key)[-2:]), shape_of(key)))
+        rows = along(live, -1)
+        scores = rows.expand(*rows.shape[:-1], shape_of(key)[-2])
         for n in family.inputs:
             if n not in (family.query, key, value):
-                self._mark(n, full_mask(self.values[n], True))
+                self._mark(n, fit(scores, shape_of(n)))
 
     @_live.register
     def _(self, family: Recurrence, node: Node, live: Any) -> None:
