@@ -104,3 +104,44 @@ def test_a_length_over_features_counts_their_constants() -> None:
     exported = dg.export(model, x, latency=False)
     assert exported.model.up.out_features == 7
     assert [(k.groups, "adds a constant" in k.reason) for k in exported.report.kept] == [([1], True)]
+
+
+class Crosswise(nn.Module):
+    """Its tensors do not lie row by row in memory: a table that is cut to the tokens that there are, and a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8, bias=False), nn.Linear(8, 3)
+        self.register_buffer("table", torch.randn(8, 9).t())
+        self.up.weight = nn.Parameter(torch.randn(6, 8).t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x) * self.table[: x.shape[1]])
+
+
+def test_tensors_that_lie_crosswise_in_memory_are_cut() -> None:
+    torch.manual_seed(0)
+    model, x = Crosswise().eval(), torch.randn(2, 5, 6)
+    dg.gate(model, dg.Select(names="up.weight", axis=0))
+    dg.prune(model, ratio=0.5)
+    small = dg.export(model, x, latency=False).model
+    assert small.up.out_features == 4
+    with torch.no_grad():
+        assert torch.allclose(model(x), small(x), rtol=1e-5, atol=1e-6)
+
+
+def test_transposed_convolutions_under_weight_norm_lose_what_they_read() -> None:
+    """A filter without a direction keeps one element to point somewhere, whichever axis its gain belongs to."""
+    torch.manual_seed(0)
+    up, down = nn.Conv1d(4, 6, 1, bias=False), nn.utils.parametrizations.weight_norm(nn.ConvTranspose1d(6, 3, 2), dim=1)
+    model, x = nn.Sequential(up, down).eval(), torch.randn(2, 4, 5)
+    with torch.no_grad():
+        down.parametrizations.weight.original1[1:, 1] = 0  # only what is dead gives this filter its direction
+    dg.gate(model, dg.Select(names="0.weight", axis=0))
+    [gates] = {t.gates for t in dg.gates.gated_tensors(model)}
+    with torch.no_grad():
+        gates.gamma[[0, 3]] = 0
+    small = dg.export(model, x, latency=False).model
+    assert small[0].out_channels <= 5
+    with torch.no_grad():
+        assert torch.allclose(model(x), small(x), rtol=1e-5, atol=1e-6)

@@ -37,7 +37,7 @@ from ..tracing.families import (
 from ..tracing.operations import is_tensor, op_name, shape_of
 from ..tracing.origins import operation
 from .facts import Facts
-from .masks import on_axis, others, project
+from .masks import largest, on_axis, others, project
 from .vectors import NEEDED, Columns, Units, Vectors
 
 
@@ -248,9 +248,9 @@ def _(family: NormedWeight, node: Node, w: Vectors) -> None:
         before, after = norms(w, family)
         v = w.facts.values[family.v].abs()
         for i in ((before > 0) & (after == 0) & w.keep[node][family.axis]).nonzero().flatten().tolist():
-            largest = torch.zeros_like(v, dtype=torch.bool)  # without a direction there is nothing to scale
-            largest.select(family.axis, i).view(-1)[int(v.select(family.axis, i).flatten().argmax())] = True
-            w.grow_elements(family.v, largest, said)
+            one = torch.zeros_like(v, dtype=torch.bool)  # without a direction there is nothing to scale
+            one.select(family.axis, i).copy_(largest(v.select(family.axis, i)))
+            w.grow_elements(family.v, one, said)
     for axis, size in enumerate(shape_of(family.g)):
         if size == shape_of(family.v)[family.axis] and (size > 1 or axis == family.axis):
             w.link(family.g, axis, family.v, family.axis)

@@ -62,6 +62,11 @@ def taps(box: list[Tensor]) -> Tensor:
     return out
 
 
+def largest(values: Tensor) -> Tensor:
+    """Mark the first of the largest elements."""
+    return (torch.arange(values.numel()) == values.flatten().argmax()).view(values.shape)
+
+
 def along(mask: Tensor, axis: int) -> Tensor:
     """Mark every line along an axis that holds something marked; the axis gets size 1."""
     return any_of(mask, axis, keepdim=True)

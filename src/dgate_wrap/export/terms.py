@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ..tracing.families import Product
 from .constants import Constants, rounding
-from .masks import any_of
+from .masks import any_of, largest
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,7 @@ class Terms:
 
     def at(self, strength: Tensor) -> Tensor:
         """Mark the strongest terms: at one index of each axis that is summed over."""
-        first = torch.zeros_like(strength, dtype=torch.bool)
-        first.view(-1)[strength.argmax()] = True
-        return first.expand(self.values.shape)
+        return largest(strength).expand(self.values.shape)
 
     def carried(self, total: Tensor, terms: Tensor) -> Tensor:
         """Return what has to be added to the weight so that some terms add a total, in the shape of the weight."""

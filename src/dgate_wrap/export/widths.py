@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..tracing.families import Contraction, Movement, Product, Recurrence
-from ..tracing.operations import op_name
+from ..tracing.operations import op_name, shape_of
 from ..tracing.origins import owner
 from .constants import rounding
 from .demands import demand
@@ -117,7 +117,7 @@ class Widths(Vectors):
         users = [n for n in node.users if isinstance(self.facts.families.get(n), Movement)]
         if len(users) < len(node.users) or any(op_name(n) not in ("slice", "narrow") for n in users):
             return
-        read = torch.zeros_like(self.facts.values[node], dtype=torch.bool)
+        read = torch.zeros(shape_of(node), dtype=torch.bool)
         for user in users:
             read.view(-1)[self.facts.movement_map(user)[0].flatten()] = True
         for axis in range(read.dim()):
