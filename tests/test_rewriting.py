@@ -926,3 +926,64 @@ def test_what_follows_from_sizes_alone_is_computed_where_it_is_read() -> None:
         )
     with pytest.raises(dg.ExportError, match="flags="):
         exported.model.attention(y, output_attentions=True)
+
+
+class Depthwise(nn.Module):
+    """Filters every channel alone, and norms them two by two, in as many groups as it is told or counts itself."""
+
+    def __init__(self, groups: int | None = None) -> None:
+        super().__init__()
+        self.up, self.down, self.groups = nn.Conv1d(4, 8, 1, bias=False), nn.Conv1d(8, 3, 1), groups
+        self.filter = nn.Parameter(torch.randn(8, 1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        x = F.conv1d(x, self.filter, groups=self.groups or x.shape[1])
+        return self.down(F.group_norm(x, (self.groups or x.shape[1]) // 2))
+
+
+class WrittenGroups(Depthwise):
+    """The same, with numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.group_norm(F.conv1d(self.up(x), self.filter, groups=8), 4))
+
+
+def test_groups_that_are_written_in_the_code_stay_or_are_written_anew() -> None:
+    torch.manual_seed(0)
+    model, x = WrittenGroups().eval(), torch.randn(2, 4, 9)
+    dg.gate(model, dg.Select(names="up.weight", axis=0))
+    [gates] = {t.gates for t in dg.gates.gated_tensors(model)}
+    with torch.no_grad():
+        gates.gamma[[0, 1, 4, 5]] = 0
+    kept = dg.export(model, x, latency=False, rewrite=False)
+    assert kept.model.filter.shape == (8, 1, 3)
+    assert all("written in the code" in k.reason for k in kept.report.kept)
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.rewritten == [""]
+    assert exported.model.filter.shape == (4, 1, 3)
+    for small in (kept.model, exported.model):
+        with torch.no_grad():
+            assert torch.allclose(model(x), small(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [None, 8])
+def test_code_that_counts_its_groups_follows_and_other_code_keeps_them(groups: int | None) -> None:
+    torch.manual_seed(0)
+    model, x = Depthwise(groups).eval(), torch.randn(2, 4, 9)
+    dg.gate(model, dg.Select(names="up.weight", axis=0) | dg.Select(names="filter", axis=0))
+    for gates in {t.gates for t in dg.gates.gated_tensors(model)}:
+        with torch.no_grad():
+            gates.gamma[[0, 1, 4, 5]] = 0
+    exported = dg.export(model, x, latency=False, rewrite=False)
+    small = exported.model
+    assert type(small) is Depthwise
+    if groups is None:
+        assert small.filter.shape == (4, 1, 3)
+        assert small.down.in_channels == 4
+    else:  # as a size that it remembers
+        assert exported.plan.attributes == {"": {"groups": 4}}
+    for size in (2, 5):
+        probe = torch.randn(size, 4, 11)
+        with torch.no_grad():
+            assert torch.allclose(model(probe), small(probe), rtol=1e-5, atol=1e-6)

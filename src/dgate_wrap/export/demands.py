@@ -102,8 +102,13 @@ def _demand_whole_groups(w: Vectors, family: Mixing, node: Node) -> None:
     kept = w.keep[family.x][1].view(family.groups, -1)
     kept = kept.any(1, keepdim=True).expand(kept.shape)
     w.grow(family.x, 1, kept.flatten(), w.says(node, "it is normalized together with something alive"))
-    if not (w.allowed.rewrite or w.allowed.can_regroup(node)):
+    if not _regroups(w, node):
         w.keep_axis(family.x, 1, w.written_down(node, "the number of groups is written in the code"))
+
+
+def _regroups(w: Vectors, node: Node) -> bool:
+    """Tell whether an operation's number of groups follows: a layer's does, code may compute it from sizes."""
+    return w.allowed.rewrite or w.allowed.can_regroup(node) or w.follows(node)
 
 
 def _keep_nonzero(w: Vectors, x: Node, axis: int, node: Node) -> None:
@@ -532,7 +537,7 @@ def _demand_groups(w: Vectors, family: Contraction, node: Node) -> None:
     used = torch.stack([w.keep[k][a].view(groups, -1).any(1) for k, a in ends]).any(0)
     if not used.any():
         return
-    if not (w.allowed.rewrite or w.allowed.can_regroup(node)):
+    if not _regroups(w, node):
         equal = w.written_down(node, "the number of groups is written in the code")
         used = torch.ones_like(used)
     for key, axis in ends:
