@@ -116,8 +116,10 @@ def _smallest(search: _Search, *, rewrite: bool) -> Found:
             rewritten = search.repaired(rewrite=True)
         except ExportError as e:
             failure = failure or e
-            break
-        if own is not None and rewritten.size >= (own.size if dead else _WORTH * own.size):
+            rewritten = None
+        if rewritten is None or (own is not None and rewritten.size >= (own.size if dead else _WORTH * own.size)):
+            if search.open_elsewhere():
+                continue
             break
         if search.keeps_uses(rewritten):
             return rewritten
@@ -149,7 +151,7 @@ class _Search:
     def __init__(self, dense: nn.Module, subject: Subject, verifier: Verifier, *, select_inputs: bool) -> None:
         self.dense, self.verifier = dense, verifier
         self._failed: dict[int, tuple[ExportError, Mismatch, nn.Module, Widths, Plan]] = {}
-        self._tried_to_open = False
+        self._tried_to_open = self._tried_elsewhere = False
         self._set(subject)
         self._arguments = frozenset(places(dense, subject.inputs))
         self._select_inputs = select_inputs
@@ -179,16 +181,20 @@ class _Search:
         """Analyse the graph with open sizes; tell whether there is one."""
         if not self._tried_to_open:
             self._tried_to_open = True
-            opened = self.subject.opened()
-            stuck = self._stuck(opened)
-            for probe in self.verifier.inputs[1:] if stuck else ():
-                if all(probe.sizes[at] != self.subject.inputs.sizes[at] for at in stuck):
-                    elsewhere = replace(self.subject, inputs=in_precision(self.subject, probe)).opened()
-                    if elsewhere.symbolic is not None and not self._stuck(elsewhere):
-                        opened = elsewhere
-                    break
-            self._set(opened)
+            self._set(self.subject.opened())
         return self.subject.symbolic is not None
+
+    def open_elsewhere(self) -> bool:
+        """Analyse a graph with open sizes that was traced at other sizes; tell whether more of them are open there."""
+        stuck = self._stuck(self.subject)
+        for probe in self.verifier.inputs[1:] if stuck and not self._tried_elsewhere else ():
+            if all(probe.sizes[at] != self.subject.inputs.sizes[at] for at in stuck):
+                self._tried_elsewhere = True
+                elsewhere = replace(self.subject, inputs=in_precision(self.subject, probe)).opened()
+                if elsewhere.symbolic is not None and not self._stuck(elsewhere):
+                    self._set(elsewhere)
+                    return True
+        return False
 
     def _stuck(self, opened: Subject) -> set[tuple[int, int]]:
         """Return the axes of which sizes vary among the probes and not in a graph: leaves of the inputs, and axes.
