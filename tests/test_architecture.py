@@ -12,7 +12,7 @@ import dgate_wrap as dg
 ROOT = Path(dg.__file__).parent
 LAYERS = [
     ["errors"],
-    ["labels", "factorization", "optimizers"],
+    ["labels", "factorization", "optimizers", "copying"],
     ["tracing"],
     ["gates"],
     ["groupings"],
