@@ -73,7 +73,7 @@ def parts_of(model: nn.Module, parameters: dict[str, Tensor], x: Any) -> list[Te
     return torch.func.functional_call(Shown(), {f"model.{n}": p for n, p in parameters.items()}, x)
 
 
-def silences(name: str, model: nn.Module, x: Tensor, members: int, *, zero: bool = False) -> None:
+def assert_silences(name: str, model: nn.Module, x: Tensor, members: int, *, zero: bool = False) -> None:
     """Zero each group in turn: exactly one member, another each time, becomes constant, and the rest still varies."""
     model = model.double().eval()
     x = x.double()
@@ -147,13 +147,13 @@ def test_shape_functions_of_an_mlp_per_feature(join: str, deep: bool) -> None:
     model.double()
     if join == "both":
         model.forward = lambda x: torch.cat(Nam.forward(model, x), -1)  # type: ignore[method-assign]
-    silences("shape_functions", model, torch.randn(3, 4), 4)
+    assert_silences("shape_functions", model, torch.randn(3, 4), 4)
 
 
 def test_shape_functions_of_pairs_and_single_features_are_one_group_each() -> None:
     columns = [*SINGLE, (0, 1), (1, 3), (0, 2)]
-    silences("shape_functions", Nam("sum", columns, classes=3), torch.randn(3, 4), len(columns))
-    silences("shape_functions", Nam("linear", columns, act=nn.Tanh, deep=False), torch.randn(3, 4), len(columns))
+    assert_silences("shape_functions", Nam("sum", columns, classes=3), torch.randn(3, 4), len(columns))
+    assert_silences("shape_functions", Nam("linear", columns, act=nn.Tanh, deep=False), torch.randn(3, 4), len(columns))
 
 
 class GroupedNam(nn.Module):
@@ -211,12 +211,12 @@ class BatchedNam(nn.Module):
 
 
 def test_shape_functions_of_a_grouped_convolution() -> None:
-    silences("shape_functions", GroupedNam(5, 3), torch.randn(3, 5), 5)
+    assert_silences("shape_functions", GroupedNam(5, 3), torch.randn(3, 5), 5)
 
 
 @pytest.mark.parametrize("how", ["einsum", "bmm", "matmul", "broadcast"])
 def test_shape_functions_of_batched_parameters(how: str) -> None:
-    silences("shape_functions", BatchedNam(how), torch.randn(3, 4), 4)
+    assert_silences("shape_functions", BatchedNam(how), torch.randn(3, 4), 4)
 
 
 class Categorical(nn.Module):
@@ -241,14 +241,14 @@ def test_shape_functions_behind_a_normalization_and_on_features_of_a_basis() -> 
     net = Nam("sum", SINGLE, classes=2)
     normed = Spliced(lambda m, x: m.net(F.dropout(m.norm(x), 0.1, m.training)), norm=nn.BatchNorm1d(4), net=net)
     normed.parts = lambda x: net.parts(normed.norm(x))  # type: ignore[assignment]
-    silences("shape_functions", normed, torch.randn(3, 4), 4)
+    assert_silences("shape_functions", normed, torch.randn(3, 4), 4)
     basis = Spliced(lambda m, x: m.out(torch.cat([x, x**2, x.sin()], 1)), out=nn.Linear(12, 1))
     basis.parts = (
         lambda x: [  # type: ignore[assignment]
             torch.stack([x[:, i], x[:, i] ** 2, x[:, i].sin()], 1) @ basis.out.weight[0, i::4] for i in range(4)
         ]
     )
-    silences("shape_functions", basis, torch.randn(3, 4), 4)
+    assert_silences("shape_functions", basis, torch.randn(3, 4), 4)
 
 
 class Exu(nn.Module):
@@ -374,12 +374,12 @@ HOW = ["bnl,ncl->bnc", "bnl,nlc->bnc", "bnl,lnc->bcn", "bnl,nlc->bc", "broadcast
 
 @pytest.mark.parametrize("how", HOW)
 def test_trees_of_oblivious_ensembles(how: str) -> None:
-    silences("trees", Oblivious(5, 6, 3, 2, how=how), torch.randn(3, 5), 6, zero=True)
+    assert_silences("trees", Oblivious(5, 6, 3, 2, how=how), torch.randn(3, 5), 6, zero=True)
 
 
 @pytest.mark.parametrize("bins", BINS)
 def test_trees_whatever_opens_the_gates(bins: str) -> None:
-    silences("trees", Oblivious(5, 4, 2, 3, bins), torch.randn(3, 5), 4, zero=True)
+    assert_silences("trees", Oblivious(5, 4, 2, 3, bins), torch.randn(3, 5), 4, zero=True)
 
 
 class DenseNode(nn.Module):
@@ -407,7 +407,7 @@ class DenseNode(nn.Module):
 
 
 def test_trees_of_every_layer_of_a_dense_ensemble() -> None:
-    silences("trees", DenseNode(), torch.randn(3, 4), 8, zero=True)
+    assert_silences("trees", DenseNode(), torch.randn(3, 4), 8, zero=True)
 
 
 class SoftTree(nn.Module):
@@ -452,10 +452,10 @@ class Forest(nn.Module):
 
 @pytest.mark.parametrize("join", ["sum", "mean", "cat"])
 def test_trees_of_a_list_are_a_group_each(join: str) -> None:
-    silences("trees", Forest([SoftTree(4, 3, 2) for _ in range(3)], join), torch.randn(3, 4), 3, zero=True)
+    assert_silences("trees", Forest([SoftTree(4, 3, 2) for _ in range(3)], join), torch.randn(3, 4), 3, zero=True)
     forest = Forest([SoftTree(4, 2, 2, distribution=True) for _ in range(3)], join)
-    silences("trees", forest, torch.randn(3, 4), 3)
-    silences("trees", Forest([SoftmaxTree(4, 5, 2) for _ in range(3)], join), torch.randn(3, 4), 3, zero=True)
+    assert_silences("trees", forest, torch.randn(3, 4), 3)
+    assert_silences("trees", Forest([SoftmaxTree(4, 5, 2) for _ in range(3)], join), torch.randn(3, 4), 3, zero=True)
 
 
 class BatchedSoftTrees(nn.Module):
@@ -484,7 +484,7 @@ class BatchedSoftTrees(nn.Module):
 
 
 def test_trees_of_batched_soft_trees() -> None:
-    silences("trees", BatchedSoftTrees(4, 5, 3, 2), torch.randn(3, 4), 5, zero=True)
+    assert_silences("trees", BatchedSoftTrees(4, 5, 3, 2), torch.randn(3, 4), 5, zero=True)
 
 
 class Experts(nn.Module):
