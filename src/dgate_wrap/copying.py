@@ -24,8 +24,7 @@ def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
         held = vars(module)
-        held |= {name: _rebound(value, memo) for name, value in held.items() if isinstance(value, types.FunctionType)}
-        for values in (v for v in held.values() if isinstance(v, list | dict)):
+        for values in [held, *(v for v in held.values() if isinstance(v, list | dict))]:
             _rebind(cast("list[Any] | dict[Any, Any]", values), memo)
     return copied
 

@@ -186,25 +186,29 @@ class _Search:
 
     def open_elsewhere(self) -> bool:
         """Analyse a graph with open sizes that was traced at other sizes; tell whether more of them are open there."""
-        stuck = self._stuck(self.subject)
-        for probe in self.verifier.inputs[1:] if stuck and not self._tried_elsewhere else ():
-            if all(probe.sizes[at] != self.subject.inputs.sizes[at] for at in stuck):
-                self._tried_elsewhere = True
-                elsewhere = replace(self.subject, inputs=in_precision(self.subject, probe)).opened()
-                if elsewhere.symbolic is not None and not self._stuck(elsewhere):
-                    self._set(elsewhere)
-                    return True
-        return False
+        stuck = set() if self._tried_elsewhere else self._stuck(self.subject)
+        self._tried_elsewhere = True
+        here = self.subject.inputs.sizes
+        probes = (x for x in self.verifier.inputs[1:] if stuck and all(x.sizes[at] != here[at] for at in stuck))
+        probe = next(probes, None)
+        if probe is None:
+            return False
+        elsewhere = replace(self.subject, inputs=in_precision(self.subject, probe)).opened()
+        if elsewhere.symbolic is None or self._stuck(elsewhere):
+            return False
+        self._set(elsewhere)
+        return True
 
     def _stuck(self, opened: Subject) -> set[tuple[int, int]]:
-        """Return the axes of which sizes vary among the probes and not in a graph: leaves of the inputs, and axes.
+        """Return the axes of which sizes vary among the probes and not in a graph, as `Inputs.sizes` names them.
 
         Such as one that a buffer is cut to, and that is as long as the buffer in the example.
         """
         if opened.symbolic is None:
             return set()
         twins, sources = opened.symbolic.twins, opened.facts.trace.sources
-        given = [n for n in opened.symbolic.graph.nodes if n.op == "placeholder" and sources[twins[n]].kind == "input"]
+        inputs = [n for n in opened.symbolic.graph.nodes if n.op == "placeholder" and sources[twins[n]].kind == "input"]
+        given = [n for n in inputs if isinstance(n.meta["val"], Tensor)]
         sizes = [x.sizes for x in self.verifier.inputs]
         varied = {at for at, size in sizes[0].items() if any(s[at] != size for s in sizes)}
         return {(i, axis) for i, axis in varied if not is_open(given[i].meta["val"].shape[axis])}

@@ -27,13 +27,15 @@ class UnwritableError(Exception):
 def _sizes(w: Writing, node: Node, sizes: list[Any], start: int = 0) -> list[Any]:
     """Return sizes with every number replaced by what is kept of its axis."""
     kept = [w.r.kept(node, start + axis) for axis in range(len(sizes))]
-    told = [n if n == -1 or (isinstance(n, Node) and k.all()) else None for n, k in zip(sizes, kept, strict=True)]
-    merged = [isinstance(n, Node) and t is None for n, t in zip(sizes, told, strict=True)]
-    alone = merged.count(True) == 1 and -1 not in told  # batch times heads: the other sizes tell it
-    return [
-        t if t is not None else (-1 if alone else _share(w, n, k)) if m else int(k.sum())
-        for n, k, t, m in zip(sizes, kept, told, merged, strict=True)
-    ]
+    merged = [isinstance(n, Node) and not k.all() for n, k in zip(sizes, kept, strict=True)]  # batch times heads
+    told = merged.count(True) == 1 and -1 not in sizes  # by the other sizes
+
+    def size(n: Any, k: Tensor, cut: bool) -> Any:
+        if cut:
+            return -1 if told else _share(w, n, k)
+        return n if isinstance(n, Node) or n == -1 else int(k.sum())
+
+    return [size(n, k, cut) for n, k, cut in zip(sizes, kept, merged, strict=True)]
 
 
 def _share(w: Writing, size: Node, kept: Tensor) -> Node:

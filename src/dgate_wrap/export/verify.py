@@ -105,9 +105,8 @@ class Mismatch:
 def _places_by_size(example: Inputs) -> dict[int, list[tuple[int, int]]]:
     """Return where each size stands in the inputs: tensors by position, and their axes."""
     places: dict[int, list[tuple[int, int]]] = {}
-    for i, x in enumerate(x for x in example.leaves() if isinstance(x, Tensor)):
-        for axis, n in enumerate(x.shape):
-            places.setdefault(n, []).append((i, axis))
+    for at, n in example.sizes.items():
+        places.setdefault(n, []).append(at)
     return places
 
 

@@ -27,9 +27,9 @@ class Inputs:
 
     @property
     def sizes(self) -> dict[tuple[int, int], int]:
-        """The size of every axis of every tensor among the leaves."""
-        found = [(i, x.shape) for i, x in enumerate(self.leaves()) if isinstance(x, Tensor)]
-        return {(i, axis): size for i, shape in found for axis, size in enumerate(shape)}
+        """The size of every axis of every tensor, by the tensor's position among them and the axis."""
+        tensors = (x for x in self.leaves() if isinstance(x, Tensor))
+        return {(i, axis): size for i, x in enumerate(tensors) for axis, size in enumerate(x.shape)}
 
     def map(self, fn: Any) -> Inputs:
         """Return the inputs with ``fn`` applied to every tensor."""

@@ -136,6 +136,14 @@ def _reduction(node: Node, varying: frozenset[Node]) -> Family | None:
     return Mixing("reduction", x, mixed, out_axis, keeps_zero=adds, averages=name == "mean")
 
 
+_FOURIER = names(
+    """
+    fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2
+    fft_fftn fft_ifftn fft_rfftn fft_irfftn
+    """
+)
+
+
 def _fourier(node: Node, varying: frozenset[Node]) -> Family | None:
     x, name = cast(Node, node.args[0]), op_name(node)
     ndim, default = len(shape_of(x)), None if name.endswith("n") else [-2, -1] if name.endswith("2") else [-1]
@@ -156,6 +164,5 @@ MIXINGS: dict[str, OpRule] = {
     **dict.fromkeys(("softmax", "log_softmax", "cumsum"), _softmax),
     **{name.format(n=n): functools.partial(_pool, n) for name in _POOLS for n in (1, 2, 3)},
     **dict.fromkeys(_REDUCTIONS, _reduction),
-    **dict.fromkeys(names("fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft"), _fourier),
-    **dict.fromkeys(names("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn"), _fourier),
+    **dict.fromkeys(_FOURIER, _fourier),
 }
