@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -222,9 +223,24 @@ def test_a_recurrent_layer_is_gated_in_turn() -> None:
     torch.testing.assert_close(model(X), y)
 
 
+def test_a_model_that_holds_results_of_its_forward_is_gated_twice_and_exported() -> None:
+    model = dg.gate(Block(), "heads", example_inputs=X)
+    held = model.hold = model(X)  # with autograd history, as attention maps that are kept to be looked at
+    model.holds = {"maps": [held * 2]}
+    dg.gate(model, "hidden", example_inputs=X)
+    with torch.no_grad():
+        all_gates(model)[1].gamma[0] = 0
+    exported = dg.export(model, X)
+    assert exported.report.removed == 1
+    assert model.hold is held
+    assert held.grad_fn is not None
+    assert torch.equal(exported.model.hold, held)
+    assert exported.model.hold.is_leaf
+
+
 def test_a_gated_model_that_cannot_be_copied_says_so() -> None:
     model = dg.gate(Block(), "heads", example_inputs=X)
-    model.hold = model(X)  # with autograd history
+    model.hold = threading.Lock()
     with pytest.raises(dg.GateError, match=r"Block is gated and cannot be copied.*(?s:.*)\[first, second\]"):
         dg.gate(model, "hidden", example_inputs=X)
 

@@ -59,7 +59,20 @@ class Standardized(nn.Module):
         return self.down(F.conv1d(x, weight, self.up.bias).relu())
 
 
+class Lower(nn.Module):
+    """Sees what came before, by the lower triangle of its products of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x).relu().transpose(1, 2)
+        return self.down((y.unsqueeze(-1) * y.unsqueeze(-2)).tril().sum(-1).transpose(1, 2))
+
+
 CASES = {
+    "lower": (Lower, (2, 5, 6), ["up.weight", "up.bias"]),
     "spectral": (Spectral, (2, 6, 6), ["up.weight"]),
     "spectral in two dimensions": (Spectral2d, (2, 5, 4), ["up.weight"]),
     "normalized": (Normalized, (4, 6), ["up.weight"]),

@@ -565,8 +565,8 @@ class Masked(nn.Transformer):
 
 
 @pytest.mark.parametrize("kind", [nn.Transformer, Masked])
-def test_what_hooks_hide_is_written_anew_too(kind: type[nn.Transformer]) -> None:
-    """nn.TransformerEncoderLayer reads the tensors of its attention itself, unless hooks watch it."""
+def test_an_encoder_layer_calls_its_rewritten_attention(kind: type[nn.Transformer]) -> None:
+    """In eval mode nn.TransformerEncoderLayer would read the tensors of its attention itself."""
     torch.manual_seed(0)
     model = kind(8, 2, 1, 1, 8, batch_first=True).eval()
     x = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
@@ -577,11 +577,115 @@ def test_what_hooks_hide_is_written_anew_too(kind: type[nn.Transformer]) -> None
     exported = dg.export(model, x, latency=False)
     assert exported.report.removed == 3
     assert not exported.report.kept
-    assert {"encoder.layers.0", "decoder.layers.0.multihead_attn"} <= set(exported.report.rewritten)
+    assert {"encoder.layers.0.self_attn", "decoder.layers.0.multihead_attn"} <= set(exported.report.rewritten)
     with torch.no_grad():
         assert torch.allclose(model(*x), exported.model(*x), atol=1e-5)
         longer = torch.randn(3, 7, 8), torch.randn(3, 6, 8)
         assert torch.allclose(model(*longer), exported.model(*longer), atol=1e-5)
+
+
+class Padded(nn.Module):
+    """Sentences of unequal length, which nn.TransformerEncoder packs in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, 8, padding_idx=0)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 4, 16, batch_first=True), 2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = x == 0
+        y = self.encoder(self.words(x), src_key_padding_mask=padding)
+        real = (~padding).unsqueeze(-1)
+        return self.head((y * real).sum(1) / real.sum(1))
+
+
+def test_heads_go_where_sentences_are_packed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randint(1, 9, (3, 7))
+    x[1, 4:], x[2, 2:] = 0, 0
+    model = dg.gate(Padded().eval(), "heads", example_inputs=x)
+    with torch.no_grad():
+        all_gates(model)[1].gamma[:3] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.removed == 3
+    assert exported.report.rewritten == ["encoder.layers.1.self_attn"]
+    dg.save(exported, tmp_path)
+    for small in (exported.model, dg.load(tmp_path, Padded()).eval()):
+        for y in (x, x[:, :5]):
+            torch.testing.assert_close(small(y), model(y))
+            with torch.no_grad():
+                torch.testing.assert_close(small(y), model(y))
+
+
+class Spline(nn.Module):
+    """A layer of a Kolmogorov-Arnold network: what is zero still lies between knots, and no layer has a bias."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__()
+        self.fan_out = fan_out
+        self.register_buffer("knots", torch.linspace(-1, 1, 4))
+        self.base = nn.Parameter(torch.randn(fan_out, fan_in) / 3)
+        self.spline = nn.Parameter(torch.randn(fan_out, fan_in, 4) / 3)
+        self.scale = nn.Parameter(torch.ones(fan_out, fan_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bases = (1 - (x.unsqueeze(-1) - self.knots).abs()).relu()
+        spline = (self.spline * self.scale.unsqueeze(-1)).view(self.fan_out, -1)
+        return F.linear(F.silu(x), self.base) + F.linear(bases.view(x.shape[0], -1), spline)
+
+
+def test_a_forward_written_anew_adds_the_constants_of_layers_without_bias(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 5)
+
+    def fresh() -> nn.Sequential:
+        return nn.Sequential(Spline(5, 8), Spline(8, 3)).eval()
+
+    model = dg.gate(fresh(), "hidden", example_inputs=x)
+    with torch.no_grad():
+        all_gates(model)[0].gamma[[1, 4, 5]] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.removed == 3
+    assert not exported.report.kept
+    assert exported.report.rewritten == ["0", "1"]
+    assert exported.model[1].spline.shape == (3, 5, 4)
+    dg.save(exported, tmp_path)
+    loaded, probe = dg.load(tmp_path, fresh()).eval(), torch.randn(7, 5)
+    for small in (exported.model, loaded):
+        torch.testing.assert_close(small(probe), model(probe))
+
+
+class WithIdleHead(nn.Module):
+    """A second head runs always; only a loss reads what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.middle, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1)
+        self.idle = nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(6, 2, 1))
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        y = self.up(x).relu()
+        aside = self.idle(y)
+        out = self.head(self.middle(y).relu())
+        return out if target is None else F.mse_loss(out, target) + aside.square().mean()
+
+
+def test_what_code_reads_that_the_graph_does_not_show_stays() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 9)
+    model = dg.gate(WithIdleHead().eval(), ["filters"], include=["up.*", "middle.*"])
+    with torch.no_grad():
+        for gates in all_gates(model):
+            gates.gamma[[1, 4]] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.model.middle.out_channels == 6
+    assert exported.model.up.out_channels == 8
+    [reason] = {k.reason for k in exported.report.kept}
+    assert reason == "code that the graph does not show reads it"
+    torch.testing.assert_close(exported.model(x), model(x))
+    target = torch.randn(2, 2, 5, 5)
+    torch.testing.assert_close(exported.model(x, target), model(x, target))
 
 
 class Permuted(nn.Module):
@@ -788,6 +892,49 @@ def test_sizes_told_by_the_number_of_elements_are_written_anew() -> None:
     exported = dg.export(model, torch.randn(2, 3, 16, 16), latency=False)
     assert exported.model.qkv.out_features == 24
     x = torch.randn(3, 3, 8, 24)
+    torch.testing.assert_close(exported.model(x), model(x))
+
+
+class Counted(Windowed):
+    """Windows of images of one size, counted by ``int`` of a quotient; the attention is a module of its own."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out, self.heads = nn.Linear(12, 36), nn.Linear(12, 12), 3
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, c = x.shape
+            q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+            return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.resolution = self.Attention(), (8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (h, w), s = self.resolution, self.side
+        x = self.start(x).flatten(2).transpose(1, 2)
+        b, n, c = x.shape
+        assert n == h * w
+        assert isinstance(n, int | torch.SymInt)
+        y = x.view(b, h // s, s, w // s, s, c).permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, s * s, c)
+        y = self.attention(y)
+        b = int(y.shape[0] / (h * w / s / s))
+        y = y.view(b, h // s, w // s, s, s, -1).permute(0, 1, 3, 2, 4, 5).contiguous().view(b, h * w, -1)
+        return (x + y).mean(int("1"))
+
+
+def test_a_batch_counted_by_a_quotient_stays_open() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    model = dg.gate(Counted(), dg.Select("heads"), example_inputs=x).eval()
+    with torch.no_grad():
+        all_gates(model)[0].gamma[1] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.rewritten == ["attention"]
+    assert exported.model.attention.qkv.out_features == 24
+    x = torch.randn(5, 3, 16, 16)
     torch.testing.assert_close(exported.model(x), model(x))
 
 

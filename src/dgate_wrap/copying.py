@@ -8,25 +8,35 @@ import operator
 import types
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Copy a model like ``copy.deepcopy``, with functions that call the copy's modules and not the original's.
 
     A module may hold a function that reads a module or tensor from around it, as a lambda of ``__init__`` does; it
-    stays the same function in a plain copy.
+    stays the same function in a plain copy. It may also hold what a forward computed, as the old
+    ``nn.utils.weight_norm`` does, which a plain copy refuses; the copy holds it without its history.
 
     Args:
         model: The model.
         memo: Per ``id``, what stands for an object in the copy; filled on the way.
     """
+    for result in _results(model):
+        memo.setdefault(id(result), result.detach().clone())
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
         held = vars(module)
         for values in [held, *(v for v in held.values() if isinstance(v, list | dict))]:
             _rebind(cast("list[Any] | dict[Any, Any]", values), memo)
     return copied
+
+
+def _results(model: nn.Module) -> list[Tensor]:
+    """Return the tensors that modules hold and that have a history."""
+    held = (x for module in model.modules() for x in pytree.tree_leaves(vars(module)))
+    return [x for x in held if isinstance(x, Tensor) and not x.is_leaf]
 
 
 def _rebind(values: list[Any] | dict[Any, Any], memo: dict[int, Any]) -> None:

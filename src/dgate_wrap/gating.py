@@ -360,7 +360,7 @@ def _attach(
     gates = Gates(kind, part.num_groups, D, dtype, device)
     for n, p in parameters.items():
         index = part.index[n]
-        index = index.view(*[1] * (p.dim() - index.dim()), *index.shape).to(p.device)
+        index = index.view([1] * (p.dim() - index.dim()) + list(index.shape)).to(p.device)
         for host, name in hosts[n]:
             gate = GatedWeight(gates, index, orders[id(host)])
             if parametrize.is_parametrized(host):

@@ -17,7 +17,7 @@ from .errors import PruneError
 from .gates import GatedTensor, by_gates, require_gated
 from .penalty import group_sizes
 from .tracing import Inputs, normalize_inputs
-from .tracing.capture import evaluating
+from .tracing.capture import evaluating, unfused
 from .tracing.recorder import unchanged
 
 Scope = Literal["groups", "parameters", "flops"]
@@ -190,16 +190,11 @@ def _flops(model: nn.Module, tensors: Sequence[GatedTensor], inputs: Inputs) -> 
 def count_flops(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     """Count the floating-point operations of one forward in eval mode, by module name; ``""`` is the whole model."""
     counter = FlopCounterMode(display=False)
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation, of which the counter knows nothing
-    try:
-        # detached: the counter's hooks fail on views of parameters that are made without autograd
-        detached = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
-        with evaluating(model), unchanged(model), torch.no_grad(), counter:
-            given = inputs.map(Tensor.clone)
-            torch.func.functional_call(model, detached, given.args, given.kwargs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    # detached: the counter's hooks fail on views of parameters that are made without autograd
+    detached = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    with evaluating(model), unchanged(model), torch.no_grad(), unfused(), counter:
+        given = inputs.map(Tensor.clone)
+        torch.func.functional_call(model, detached, given.args, given.kwargs)
     root = type(model).__name__
     found: dict[str, int] = {}
     for name, by_op in counter.get_flop_counts().items():

@@ -38,7 +38,7 @@ def share(model: nn.Module, own: Collection[Tensor] = (), shared: Collection[Ten
         raise ExportError(
             f"{type(model).__name__} cannot be copied: {type(e).__name__}: {e}",
             expected="a model that copy.deepcopy copies",
-            mend="drop tensors that are results of a forward from its attributes (they carry autograd history)",
+            mend="drop from its attributes what cannot be copied: locks, open files, handles of other libraries",
         ) from e
 
 

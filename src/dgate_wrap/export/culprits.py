@@ -15,12 +15,21 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from ..tracing import Inputs, Trace, capture
-from ..tracing.capture import evaluating, without_cache
+from ..tracing.capture import evaluating, unfused, without_cache
 from ..tracing.origins import operation
 from .constants import rounding
 from .cuts import Cut, cut_axes
 from .recipes import bind, plain_signature
 from .widths import Widths
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The begin of a call of a module: which one of its calls it is, and its arguments by name."""
+
+    path: str
+    count: int
+    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,14 @@ class Call:
         path: The module.
         arguments: Its arguments by name, and its result, as they were before later code wrote to them.
         result: Its result.
+        chain: The calls within which it was made, from the outermost to itself.
         sized: Which leaves of its arguments are whole numbers that follow from the sizes of the model's inputs.
     """
 
     path: str
     arguments: dict[str, Any]
     result: Any
+    chain: tuple[Begun, ...]
     sized: frozenset[int] = frozenset()
 
 
@@ -50,20 +61,25 @@ class Culprit:
 
 
 @contextlib.contextmanager
-def watching(model: nn.Module, calls: list[Call], open_calls: list[str]) -> Generator[None]:
-    """Note every call of every module, in the order in which they end, and which ones are open."""
+def _watching(
+    model: nn.Module, inputs: Inputs, calls: list[Call], open_calls: list[Begun]
+) -> Generator[dict[str, Any]]:
+    """Note every call of every module, in the order in which they end, and which ones are open.
+
+    Yields what the model's forward takes beside its inputs, to run as it was traced.
+    """
     handles: list[Any] = []
 
-    def watch(path: str, module: nn.Module) -> None:
-        arguments: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
 
+    def watch(path: str, module: nn.Module) -> None:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            open_calls.append(path)
-            arguments.append(_copied(bind(signature, args, kwargs)))
+            open_calls.append(Begun(path, counts[path], _copied(bind(signature, args, kwargs))))
+            counts[path] += 1
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            open_calls.pop()
-            calls.append(Call(path, arguments.pop(), _copied(result)))
+            chain = tuple(open_calls)
+            calls.append(Call(path, open_calls.pop().arguments, _copied(result), chain))
 
         signature = plain_signature(module)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -72,7 +88,8 @@ def watching(model: nn.Module, calls: list[Call], open_calls: list[str]) -> Gene
     for path, module in model.named_modules():
         watch(path, module)
     try:
-        yield
+        with evaluating(model), torch.no_grad(), unfused(), without_cache(model, inputs) as extra:
+            yield extra
     finally:
         for handle in handles:
             handle.remove()
@@ -92,7 +109,7 @@ def record_calls(model: nn.Module, inputs: Inputs, elsewhere: Iterable[Inputs] =
         elsewhere: Inputs of other sizes. Numbers that are others there follow from the sizes.
     """
     calls: list[Call] = []
-    with evaluating(model), torch.no_grad(), without_cache(model, inputs) as extra, watching(model, calls, []):
+    with _watching(model, inputs, calls, []) as extra:
         inputs.call(model, **extra)
     numbers = [_numbers(c) for c in calls]
     for other in elsewhere if any(numbers) else ():
@@ -113,42 +130,32 @@ def _numbers(call: Call) -> dict[int, int]:
 def find_culprit(model: nn.Module, inputs: Inputs, expected: Expected) -> Culprit | None:
     """Return the first module that fails or differs, the innermost one; ``None`` if none does.
 
+    Of a module that was given something else, the one in whose code that was made.
+
     Args:
         model: The smaller model.
         inputs: What it is run on.
         expected: What its modules should give.
     """
     calls: list[Call] = []
-    open_calls: list[str] = []
-    failed: str | None = None
+    open_calls: list[Begun] = []
+    failed: tuple[Begun, ...] | None = None
     try:
-        with (
-            evaluating(model),
-            torch.no_grad(),
-            without_cache(model, inputs) as extra,
-            watching(model, calls, open_calls),
-        ):
+        with _watching(model, inputs, calls, open_calls) as extra:
             inputs.call(model, **extra)
     except Exception:
-        failed = open_calls[-1] if open_calls else ""
-    counts: Counter[str] = Counter()
+        failed = tuple(open_calls)
     for done, call in enumerate(calls):  # what fails may be the victim of one that ran, and gave something else
-        agrees = expected.agrees(call.path, counts[call.path], call.result)
-        counts[call.path] += 1
-        if not agrees:
-            return Culprit(_with_code(model, call.path), done, call.path)
-    return None if failed is None else Culprit(_with_code(model, failed), len(calls), failed)
+        if not expected.agrees(call):
+            return _blamed(model, call.chain, done, expected)
+    return None if failed is None else _blamed(model, failed, len(calls), expected)
 
 
-def raised_in(model: nn.Module, error: BaseException) -> str | None:
-    """Return the innermost module in whose code an error, or what caused it, was raised; ``None`` if in none."""
-    paths = {id(m): n for n, m in model.named_modules()}
-    found: str | None = None
-    trace = (error.__cause__ or error).__traceback__
-    while trace is not None:
-        found = paths.get(id(trace.tb_frame.f_locals.get("self")), found)
-        trace = trace.tb_next
-    return found
+def _blamed(model: nn.Module, chain: tuple[Begun, ...], done: int, expected: Expected) -> Culprit:
+    if not chain:
+        return Culprit("", done, "")
+    path = next((begun.path for begun in reversed(chain) if expected.takes(begun)), chain[-1].path)
+    return Culprit(_with_code(model, path), done, path)
 
 
 def first_difference(
@@ -216,8 +223,9 @@ def _same(x: Tensor, idle: Tensor, y: Tensor) -> bool:
         return False
     if not x.is_floating_point():
         return torch.equal(x, y)
-    scale = float(x.abs().max()) if x.numel() else 0.0
-    same = (x - y).abs() <= 1e-6 * scale + 1e-30
+    finite = x[x.isfinite()]  # of masks
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    same = (x == y) | ((x - y).abs() <= 1e-6 * scale + 1e-30)
     return bool((same | idle).all())
 
 
@@ -235,26 +243,39 @@ class Expected:
         self._calls: dict[str, list[Call]] = {}
         for call in calls:
             self._calls.setdefault(call.path, []).append(call)
-        self._kept: dict[tuple[str, int], list[list[tuple[Tensor, Tensor]] | None]] = {}
+        self._kept: dict[tuple[str, int, bool], list[list[tuple[Tensor, Tensor]] | None]] = {}
         self._nodes: dict[tuple[Any, ...], list[Node]] = {}
         for node, value in values.items():
             if isinstance(value, Tensor) and node in widths.keep:
                 self._nodes.setdefault((tuple(value.shape), value.dtype), []).append(node)
 
-    def agrees(self, path: str, count: int, result: Any) -> bool:
-        """Tell whether the result of a module's call (its first, second ...) is that of the dense model, cut."""
-        if count >= len(self._calls.get(path, [])):
-            return False
-        known, given = self._results(path, count), pytree.tree_leaves(result)
-        pairs = [(x, y) for x, y in zip(known, given, strict=False) if x is not None and y is not None]  # None: unread
-        return len(known) == len(given) and all(isinstance(y, Tensor) and _any_same(x, y) for x, y in pairs)
+    def agrees(self, call: Call) -> bool:
+        """Tell whether the result of a call is that of the dense model, cut."""
+        begun = call.chain[-1]
+        return self._has(begun) and self._same(begun, call.result, given=False) is True
 
-    def _results(self, path: str, count: int) -> list[list[tuple[Tensor, Tensor]] | None]:
-        """Return, per leaf of a result that is a tensor, what it may be when cut, and what nobody needs of that."""
-        if (path, count) not in self._kept:
-            leaves = pytree.tree_leaves(self._calls[path][count].result)
-            self._kept[path, count] = [self._cut(x) if isinstance(x, Tensor) else None for x in leaves]
-        return self._kept[path, count]
+    def takes(self, begun: Begun) -> bool:
+        """Tell whether the arguments of a call are those of the dense model, cut; so are ones of another form."""
+        return self._has(begun) and self._same(begun, begun.arguments, given=True) is not False
+
+    def _has(self, begun: Begun) -> bool:
+        return begun.count < len(self._calls.get(begun.path, []))
+
+    def _same(self, begun: Begun, tree: Any, *, given: bool) -> bool | None:
+        """Tell whether a call is given, or gives, what it should; ``None`` if that has another form."""
+        known, found = self._leaves(begun.path, begun.count, given), pytree.tree_leaves(tree)
+        if len(known) != len(found):
+            return None
+        pairs = [(x, y) for x, y in zip(known, found, strict=True) if x is not None and y is not None]  # None: unread
+        return all(isinstance(y, Tensor) and _any_same(x, y) for x, y in pairs)
+
+    def _leaves(self, path: str, count: int, given: bool) -> list[list[tuple[Tensor, Tensor]] | None]:
+        """Return, per leaf that is a tensor, what it may be when cut, and what nobody needs of that."""
+        if (path, count, given) not in self._kept:
+            call = self._calls[path][count]
+            leaves = pytree.tree_leaves(call.arguments if given else call.result)
+            self._kept[path, count, given] = [self._cut(x) if isinstance(x, Tensor) else None for x in leaves]
+        return self._kept[path, count, given]
 
     def _cut(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         nodes = [n for n in self._nodes.get((tuple(x.shape), x.dtype), []) if same_value(self.values[n], x)]

@@ -71,9 +71,11 @@ class Grafts:
     def onto(self, draft: Draft, path: str) -> Draft | None:
         """Write the forward of a module anew, or else of the next one around it; ``None`` if none can be.
 
+        None can of a module that the graph does not show: nobody needs what it gives.
+
         Modules of the same class that something is cut of are written anew with it.
         """
-        step: str | None = path
+        step: str | None = path if path in self._spans else None
         while step is not None:
             if not draft.covers(step):
                 with contextlib.suppress(UnwritableError):

@@ -87,6 +87,7 @@ class Plan:
             for parent, leaf in places:  # under all of its names
                 parent._modules[leaf] = graft
             model = model if path else graft
+        _leave_fused(model)
         for path, scatter in self.scatters.items():
             layer = dict(model.named_modules()).get(path)
             if layer is not None and getattr(layer, "weight", None) is not None:
@@ -176,6 +177,15 @@ def _replace(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+
+
+def _leave_fused(model: nn.Module) -> None:
+    """Let nn.TransformerEncoder call what is written anew in it: in eval mode it would read the weights by itself."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(getattr(module, "self_attn", None), Rewritten):
+            module.self_attn._qkv_same_embed_dim = False
+        elif isinstance(module, nn.TransformerEncoder) and any(isinstance(m, Rewritten) for m in module.modules()):
+            module.use_nested_tensor = False
 
 
 def resize_attributes(module: nn.Module) -> None:
@@ -432,10 +442,12 @@ def _fold(widths: Widths, permissions: Permissions, state: dict[str, Tensor]) ->
             continue
         bias = facts.trace.sources[family.bias].name if family.bias is not None else None
         if bias is None:
-            path = cast(str, permissions.bias_owner(node))
+            path = permissions.bias_owner(node)
+            if path is None:  # left to the forward around it, which is written anew
+                continue
             bias = f"{path}.bias" if path else "bias"
             new_biases.append(path)
-        constant = _constant(family, facts.values[family.weight], facts.values[family.x], fold.values)
+        constant = folded_constant(family, facts.values[family.weight], facts.values[family.x], fold.values)
         state[bias] = state[bias] + constant if bias in state else constant
         changed.add(bias)
     return changed, new_biases
@@ -458,7 +470,7 @@ def _find_cuts(widths: Widths) -> dict[str, Cut]:
     return cuts
 
 
-def _constant(family: Contraction, weight: Tensor, x: Tensor, values: Tensor) -> Tensor:
+def folded_constant(family: Contraction, weight: Tensor, x: Tensor, values: Tensor) -> Tensor:
     """Return what constant input channels add to every output channel of an unpadded contraction."""
     weight = weight.double().flatten(2).sum(2) if weight.dim() > 2 else weight.double()
     if family.groups == 1:

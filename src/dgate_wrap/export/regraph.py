@@ -23,7 +23,7 @@ from ..tracing.operations import op_name, shape_of
 from ..tracing.origins import owner, owners, where
 from ..tracing.symbolic import Symbolic, is_open
 from .constants import rounding
-from .plan import Permissions
+from .plan import Permissions, folded_constant
 from .scatter import places_of
 from .steps import RULES, UnwritableError, share_of, take
 from .widths import Widths
@@ -367,7 +367,8 @@ class Writing:
                 kept, takes = (self.r.widths.keep[t][a] for t, a in ((twins[n], axis), (other, other_axis)))
                 if len(kept) == len(takes) and not bool((takes & ~kept).any() or kept.equal(takes)):
                     made = take(self, made, axis, kept, takes.nonzero().flatten())
-        if isinstance(family, Pointwise) or (isinstance(family, Product) and twins[n] is family.addend):
+        added = isinstance(family, Pointwise) and twins[n] in family.operands
+        if added or (isinstance(family, Product) and twins[n] is family.addend):
             last = 0
         elif isinstance(family, Attention) and twins[n] not in (family.query, family.key, family.value):
             last = 1  # along the keys, and not the channels of the result
@@ -484,9 +485,14 @@ class Writing:
         if not isinstance(family, Contraction) or family.bias is not None or fold is None or fold.carrier is not None:
             return made
         path = self.r.permissions.bias_owner(twin)
-        name = f"{path}.bias" if path else "bias"
+        if path is None:
+            weight, x = (self.facts.values[n] for n in (family.weight, family.x))
+            constant = folded_constant(family, weight, x, fold.values)
+            name = self.hold(constant[self.r.widths.keep[twin][family.out_axis]])
+        else:
+            name = self.names[f"{path}.bias" if path else "bias"]
         with self.graph.inserting_before(made):
-            held = self.graph.get_attr(self.names[name])
+            held = self.graph.get_attr(name)
         if op_name(node) == "linear" or op_name(node).startswith("conv"):
             made.args = (*made.args[:2], held, *made.args[3:])
             return made
@@ -527,13 +533,16 @@ def _same_number(a: Any, b: Any) -> bool:
     if a == b:
         return True
     names = sorted(a.free_symbols | b.free_symbols, key=str)
-    draws = [dict(zip(names, itertools.islice(itertools.cycle(_PRIMES), i, None), strict=False)) for i in range(9)]
+    draws = [
+        dict(zip(names, itertools.islice(itertools.cycle(_PRIMES), i, None), strict=False)) for i in range(len(_PRIMES))
+    ]
     with contextlib.suppress(ZeroDivisionError):  # sizes that a model cannot have
         return bool(names) and a.free_symbols <= b.free_symbols and all(a.subs(d) == b.subs(d) for d in draws)
     return False
 
 
-_PRIMES = (2, 7, 3, 19, 5, 31, 11, 17, 13)
+_PRIMES = (769, 2, 3079, 7, 1543, 97, 12289, 31, 193, 6151, 3, 389, 19)
+"""Small and large: the sizes of patches and windows, which formulas divide by, are smaller than an image."""
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from ..errors import ExportError, TraceError
 from ..tracing import Inputs
@@ -18,7 +19,7 @@ from ..tracing.origins import owner, place
 from ..tracing.symbolic import Symbolic, capture_symbolic, is_open
 from .caches import cached_uses, given_caches
 from .copies import share
-from .culprits import Call, Culprit, Expected, find_culprit, first_difference, raised_in, record_calls, values_on
+from .culprits import Call, Culprit, Expected, find_culprit, first_difference, record_calls, same_value, values_on
 from .dead import Branch, find_dead
 from .facts import Facts
 from .grafts import Grafts
@@ -353,29 +354,13 @@ class _Search:
                 continue
             try:
                 if culprit is None:
-                    return self._unwatched(draft, widths, frozen, grafts)
+                    return self._proven(draft, widths, frozen)
             except ExportError as e:
                 if not drafts:
                     raise e from failure
             if not drafts:
                 assert culprit is not None
                 return culprit, failure
-
-    def _unwatched(self, draft: Draft, widths: Widths, frozen: Frozen, grafts: Grafts | None) -> Found:
-        """Prove a network none of whose modules fails while hooks watch it.
-
-        Without hooks nn.TransformerEncoderLayer reads the tensors of its attention itself. Code that fails only so is
-        written anew too.
-        """
-        while True:
-            try:
-                return self._proven(draft, widths, frozen)
-            except ExportError as e:
-                path = None if id(e) not in self._failed else raised_in(self._failed[id(e)][2], e)
-                better = None if path is None or grafts is None else grafts.onto(draft, path)
-                if better is None:
-                    raise
-                draft = better
 
     def _grafts(self, widths: Widths, draft: Draft) -> Grafts | None:
         symbolic = self.subject.symbolic
@@ -402,6 +387,10 @@ class _Search:
         step: str | None = path
         while step is not None:
             alike = {p for p, m in modules.items() if type(m) is type(modules[step]) and place(p) == place(step)}
+            shown = not step or any(f"{p}.".startswith(f"{step}.") for p in working)
+            idle = set[Node]() if shown else self._given_to(step)
+            if not idle <= frozen.idle:
+                return replace(frozen, idle=frozen.idle | idle)
             if step not in frozen.fills | frozen.reshapes and step in filled:
                 return replace(frozen, fills=frozen.fills | alike)
             if step not in frozen.reshapes and alike & working:
@@ -410,6 +399,14 @@ class _Search:
                 return replace(frozen, modules=frozen.modules | alike)
             step = step.rpartition(".")[0] if step else None
         return None
+
+    def _given_to(self, path: str) -> set[Node]:
+        """Return the nodes that have the value of an argument of a module."""
+        leaves = [x for c in self.calls if c.path == path for x in pytree.tree_leaves(c.arguments)]
+        given = [x for x in leaves if isinstance(x, Tensor)]
+        facts = self.subject.facts
+        nodes = [n for n in facts.nodes if n in facts.varying and isinstance(facts.values.get(n), Tensor)]
+        return {n for n in nodes if any(same_value(facts.values[n], x) for x in given)}
 
     def _repair(self, draft: Draft, widths: Widths, grafts: Grafts | None) -> tuple[Draft, Culprit | None]:
         """Give modules other integers, or forwards that are written anew; return the first that this does not help."""

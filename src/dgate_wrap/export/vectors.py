@@ -44,14 +44,16 @@ class Frozen:
             (a head, say, and not one channel of a head).
         reshapes: Modules whose own code has sizes written in it: their reshapes and slices stay whole.
         modules: Modules whose own code computes with sizes in other ways: all that it makes and reads stays whole.
+        idle: What code reads that the graph does not show, as nobody needs its results: a head for a loss, say.
     """
 
     fills: frozenset[str] = frozenset()
     reshapes: frozenset[str] = frozenset()
     modules: frozenset[str] = frozenset()
+    idle: frozenset[Node] = frozenset()
 
     def __bool__(self) -> bool:
-        return bool(self.fills or self.reshapes or self.modules)
+        return bool(self.fills or self.reshapes or self.modules or self.idle)
 
 
 @dataclass(frozen=True)

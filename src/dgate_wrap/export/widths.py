@@ -90,6 +90,8 @@ class Widths(Vectors):
             if node.op == "call_function" and (owner(node) or "") in self.allowed.frozen.modules:
                 for n in (node, *(n for n in node.all_input_nodes if n in self.facts.varying)):
                     self.keep_results(n, self.says(node, "the code computes with its size"))
+            if node in self.allowed.frozen.idle:
+                self.keep_results(node, self.reason("code that the graph does not show reads it"))
             if node.op == "output":
                 for n in node.all_input_nodes:
                     self.keep_results(n, self.reason("it is an output of the model"))
@@ -202,8 +204,12 @@ class Widths(Vectors):
             self.folds[node] = Fold(node, values, None)
         elif maps[0].groups == 1 and self.allowed.can_carry(node):
             self._carry(maps[0], node, values, constants & ~uneven, (high + low) / 2)
-        else:
+        elif maps[0].padded or maps[0] is not self.facts.families[node]:
             self.grow(x, axis, fold, self.says(node, "it is a constant that cannot be folded here"))
+        elif self.allowed.rewrite:
+            self.folds[node] = Fold(node, values, None)  # the forward around it, written anew, adds a constant
+        else:
+            self.grow(x, axis, fold, self.written_down(node, "it is a constant that cannot be folded here"))
 
     def _merge(self, family: Product, node: Node) -> None:
         """Let one constant that stays stand for all removed ones in a sum of products with a weight; or keep them."""

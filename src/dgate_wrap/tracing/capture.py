@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -205,16 +205,27 @@ def _export(model: nn.Module, call: nn.Module, inputs: Inputs) -> torch.export.E
 
 
 @contextlib.contextmanager
-def export_open(model: nn.Module, inputs: Inputs) -> Generator[tuple[torch.export.ExportedProgram, Inputs]]:
+def export_open(
+    model: nn.Module, inputs: Inputs, axes: Collection[tuple[int, int]] | None = None
+) -> Generator[tuple[torch.export.ExportedProgram, Inputs]]:
     """Export with every size of the inputs left open that the model leaves open, inside the settings of a capture.
+
+    Args:
+        model: The model.
+        inputs: Its inputs.
+        axes: The axes whose sizes are left open, as `Inputs.sizes` names them; ``None`` for all.
 
     Raises:
         TimeoutError: If that takes longer than ``PATIENCE``: sizes of windows that are padded and cut again and again
             grow into formulas over which torch ponders for many minutes.
     """
+    positions = iter(range(len(inputs.leaves())))
 
     def left_open(x: Any) -> Any:
-        return dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) if isinstance(x, Tensor) else None
+        if not isinstance(x, Tensor):
+            return None
+        i = next(positions)
+        return {axis: torch.export.Dim.AUTO for axis in range(x.dim()) if axes is None or (i, axis) in axes}
 
     marked = inputs.map(Tensor.detach)  # torch notes on the tensors themselves which of their sizes are open
     given = (*marked.args, *marked.kwargs.values())
@@ -414,6 +425,17 @@ def masks_as_given() -> Generator[None]:
         yield
     finally:
         transformer._detect_is_causal_mask = looks
+
+
+@contextlib.contextmanager
+def unfused() -> Generator[None]:
+    """Run the layers of nn.TransformerEncoder step by step as a trace shows them, not as one operation in eval mode."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -61,6 +61,7 @@ def _lowered(given: Graph) -> Graph | None:
     known: dict[str, Graph] = {}
     for node in [n for n in graph.nodes if _is_composite(n.target)]:
         _replace(node, _parts(node, known))
+    graph.eliminate_dead_code()  # a dropout counts as random, and stays though nothing needs it, until it is a copy
     seen = set[Node]()
     for node in graph.nodes:
         if _writes(node.target) and not _write_out_of_place(node, seen):

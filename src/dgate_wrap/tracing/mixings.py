@@ -152,6 +152,13 @@ def _fourier(node: Node, varying: frozenset[Node]) -> Family | None:
     return Mixing("pool", x, frozenset(a % ndim for a in axes), tuple(range(ndim)), keeps_zero=True)
 
 
+def _triangle(node: Node, varying: frozenset[Node]) -> Family | None:
+    """Zeros take the place of what lies on one side of a diagonal, which depends on both of the last axes."""
+    x = cast(Node, node.args[0])
+    ndim = len(shape_of(x))
+    return Mixing("pool", x, frozenset({ndim - 2, ndim - 1}), tuple(range(ndim)), keeps_zero=True)
+
+
 MIXINGS: dict[str, OpRule] = {
     **dict.fromkeys(("_native_batch_norm_legit_no_training", "batch_norm"), _batch_norm),
     "_native_batch_norm_legit": _own_batch_norm,
@@ -165,4 +172,5 @@ MIXINGS: dict[str, OpRule] = {
     **{name.format(n=n): functools.partial(_pool, n) for name in _POOLS for n in (1, 2, 3)},
     **dict.fromkeys(_REDUCTIONS, _reduction),
     **dict.fromkeys(_FOURIER, _fourier),
+    **dict.fromkeys(("tril", "triu"), _triangle),
 }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv
 
 from .capture import Trace, capture, export_open, trace_of
 from .inputs import Inputs, normalize_inputs
@@ -42,36 +43,96 @@ def capture_symbolic(
 ) -> tuple[Trace, Symbolic | None]:
     """Trace a model like `capture`, and with open sizes where the model allows.
 
+    Where a trace in which all sizes are open fails, in formulas over sizes that the model asks to be what they are,
+    only the batch is left open.
+
     Returns:
         The trace of the example, and its twin; ``None`` if there is no graph with open sizes.
     """
     inputs = normalize_inputs(example_inputs, example_kwargs)
-    try:
-        with _open_lengths(model), export_open(model, _several(inputs)) as (exported, used):
+    several = _several(inputs)
+    for axes in (None, _batch(several)):
+        with (
+            contextlib.suppress(Exception),
+            _open_numbers(model),
+            export_open(model, several, axes) as (exported, used),
+        ):
             split_einsums(exported.graph_module)
             static, twins = _settle(exported)
             return trace_of(model, used, static), Symbolic(exported.graph, twins)
-    except Exception:
-        return capture(model, inputs.args, inputs.kwargs), None
+    return capture(model, inputs.args, inputs.kwargs), None
+
+
+def _batch(inputs: Inputs) -> set[tuple[int, int]]:
+    """Return the axes that are the batch, as `Inputs.sizes` names them: the first ones, as long as the first of all."""
+    firsts = {at: size for at, size in inputs.sizes.items() if at[1] == 0}
+    return {at for at, size in firsts.items() if size == next(iter(firsts.values()))}
 
 
 @contextlib.contextmanager
-def _open_lengths(model: nn.Module) -> Generator[None]:
-    """Leave ``len(x)`` of a tensor open as ``x.shape[0]`` is, in the files in which the model's classes are written."""
+def _open_numbers(model: nn.Module) -> Generator[None]:
+    """Leave ``len(x)`` and ``int(a / b)`` of open sizes open, in the files in which the model's classes are written.
+
+    Python wants plain integers of both, and torch would take those of the example for constants.
+    """
     files = {c.__module__ for m in model.modules() for c in type(m).__mro__ if c.__module__.split(".")[0] != "torch"}
     spaces = [vars(sys.modules[f]) for f in files & sys.modules.keys() - {"builtins"}]
-    spaces = [s for s in spaces if "len" not in s]
-    for space in spaces:
-        space["len"] = _length
+    replaced = [(space, name) for space in spaces for name in _OPEN if name not in space]
+    for space, name in replaced:
+        space[name] = _OPEN[name]
     try:
         yield
     finally:
-        for space in spaces:
-            del space["len"]
+        for space, name in replaced:
+            del space[name]
 
 
 def _length(x: Any) -> Any:
     return x.shape[0] if isinstance(x, Tensor) and x.dim() else len(x)
+
+
+class _OpenInt(type):
+    """The type of a stand-in for ``int``."""
+
+    def __instancecheck__(cls, x: object) -> bool:
+        return isinstance(x, int)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is int
+
+    def __hash__(cls) -> int:
+        return hash(int)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return a whole number; of a quotient of sizes, the size that rounds it down."""
+        [value, *others] = args or (0,)
+        if isinstance(value, torch.SymInt) and not others:
+            return value
+        if isinstance(value, torch.SymFloat) and not others:
+            node = cast(Any, value.node)
+            quotient = cast(Any, FloorDiv(*_fraction(node.expr)))
+            if all(part.is_integer for part in quotient.args):
+                return node.shape_env.create_symintnode(quotient, hint=None)
+        return int(*args, **kwargs)
+
+
+class _Int(metaclass=_OpenInt):
+    """Stands for ``int``."""
+
+
+_OPEN: dict[str, Any] = {"len": _length, "int": _Int}
+
+
+def _fraction(expression: Any) -> tuple[Any, Any]:
+    """Return numerator and denominator of a formula, as whole numbers as far as possible."""
+    kind = type(expression).__name__
+    if kind == "ToFloat":
+        return _fraction(expression.args[0])
+    if kind in ("FloatTrueDiv", "IntTrueDiv"):
+        (a, b), (c, d) = map(_fraction, expression.args)
+        return a * d, b * c
+    whole = expression.is_number and float(expression).is_integer()
+    return int(expression) if whole else expression, 1
 
 
 def _several(inputs: Inputs) -> Inputs:
