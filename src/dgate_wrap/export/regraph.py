@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from ..tracing.symbolic import Symbolic, is_open
 from .constants import rounding
 from .plan import Permissions, folded_constant
 from .scatter import places_of
+from .sizes import Sizes
 from .steps import RULES, UnwritableError, share_of, take
 from .widths import Widths
 
@@ -129,23 +130,19 @@ class Writing:
         names: Mapping[str, str],
         numbers: Sequence[int],
     ) -> None:
-        self.r, self.nodes, self.inputs, self.outputs, self.names = rewriter, set(nodes), inputs, outputs, names
+        self.r, self.nodes, self.outputs, self.names = rewriter, set(nodes), outputs, names
         self.facts = rewriter.facts
         self.graph = Graph()
         self.made: dict[Node, Any] = {}
+        for i, same in enumerate(inputs):
+            self.made.update(dict.fromkeys(same, self.graph.placeholder(f"x{i}")))
+        self.sizes = Sizes(rewriter.symbolic, self.graph, self.made, rewriter.sizes, numbers)
         self.constants: dict[str, Tensor] = {}
         self._known: dict[Node, Tensor | None] = {}
-        self._numbers = numbers
-        self._free: list[tuple[int, Node]] = []
-        self._named: dict[Any, Node] = {}
         self.order = [n for n in nodes if n.op == "call_function"]
 
     def part(self) -> Part:
         """Write it."""
-        for i, same in enumerate(self.inputs):
-            given = self.graph.placeholder(f"x{i}")
-            self.made.update(dict.fromkeys(same, given))
-        self._free = [(n, self.graph.placeholder(f"n{i}")) for i, n in enumerate(self._numbers)]
         for node in self._wanted():
             self.made[node] = self._write(node)
         self.graph.output(tuple(self._get(n) for n in self.outputs))
@@ -229,7 +226,7 @@ class Writing:
         held = self.graph.get_attr(self.hold(value))
         if not any(map(is_open, shape)) and sizes == list(value.shape):
             return held
-        sizes = [self._number(n) if is_open(n) else sizes[a] for a, n in enumerate(shape)]
+        sizes = [self.sizes.told(n) if is_open(n) else sizes[a] for a, n in enumerate(shape)]
         return self.graph.call_function(torch.ops.aten.expand.default, (held, sizes))
 
     def hold(self, value: Tensor) -> str:
@@ -262,7 +259,7 @@ class Writing:
             return self.made[node]
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt):
-            self.made[node] = self._number(value)
+            self.made[node] = self.sizes.told(value)
             return self.made[node]
         constant = self._constant(node)
         if constant is not None:
@@ -273,63 +270,6 @@ class Writing:
             self.made[node] = self._write(node)  # a mask, say, which follows from sizes and from what is its own
             return self.made[node]
         raise UnwritableError(f"it reads {node.name} of {where(node)}, which it is not given")
-
-    def _number(self, value: Any) -> Any:
-        """Return a node for a size that is open."""
-        if not is_open(value):
-            return int(value)
-        return self._size(value.node.expr)
-
-    def _size(self, expression: Any) -> Any:
-        """Return a node for a size: that of an axis, or such a size and a number more or less, or times as large."""
-        if expression.is_number:
-            return int(expression)
-        axes = [
-            (tensor, axis, n.node.expr)
-            for tensor in self.made
-            if isinstance(held := tensor.meta.get("val"), Tensor) and isinstance(self.made[tensor], Node)
-            for axis, n in enumerate(cast("list[Any]", list(held.shape)))
-            if is_open(n)
-        ]
-
-        def size(tensor: Node, axis: int) -> Any:
-            return self.graph.call_function(torch.ops.aten.sym_size.int, (self.made[tensor], axis))
-
-        for tensor, axis, found in axes:
-            if _same_number(found, expression):
-                return size(tensor, axis)
-        for tensor, axis, found in axes:
-            if (more := found - expression).is_number:
-                return self.graph.call_function(operator.sub, (size(tensor, axis), int(more)))
-            if (times := found / expression).is_Integer:
-                return self.graph.call_function(operator.floordiv, (size(tensor, axis), int(times)))
-        given = self._given_number(expression)
-        return self._computed(expression) if given is None else given
-
-    def _given_number(self, expression: Any) -> Node | None:
-        """Return a number that the part is given, if one is as large in the example; of several, the next one."""
-        if expression not in self._named:
-            here = self.r.sizes.get(expression)
-            found = next((p for p in self._free if p[0] == here), None)
-            if found is None:
-                return None
-            self._free.remove(found)
-            self._named[expression] = found[1]
-        return self._named[expression]
-
-    def _computed(self, expression: Any) -> Any:
-        """Return a node for a size that is computed from others: as the graph computes it, or by its formula."""
-        for node in self.r.symbolic.graph.nodes:
-            held = node.meta.get("val")
-            same = isinstance(held, torch.SymInt) and held.node.expr == expression
-            if node.op == "call_function" and same and not any(_holds_tensor(a) for a in node.all_input_nodes):
-                args = [self._number(a.meta["val"]) if isinstance(a, Node) else a for a in node.args]
-                return self.graph.call_function(node.target, tuple(args), dict(node.kwargs))
-        function = _FORMULAS.get(type(expression).__name__)
-        if function is None or not expression.args:
-            raise UnwritableError(f"the size {expression} cannot be told from its inputs")
-        parts = [self._size(part) for part in expression.args]
-        return functools.reduce(lambda a, b: self.graph.call_function(function, (a, b)), parts)
 
     # one node
 
@@ -342,7 +282,7 @@ class Writing:
             return self._get(passed)
         if isinstance(node.meta.get("val"), torch.SymInt):  # what it is computed from may lie outside
             with contextlib.suppress(UnwritableError):
-                return self._number(node.meta["val"])
+                return self.sizes.told(node.meta["val"])
         layer = self._layer(node) if node in self.r.symbolic.twins else None
         if layer is not None:
             return layer
@@ -505,44 +445,12 @@ class Writing:
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
-_FORMULAS: dict[str, Callable[..., Any]] = {
-    "Add": operator.add,
-    "Mul": operator.mul,
-    "FloorDiv": operator.floordiv,
-    "CleanDiv": operator.floordiv,
-    "Mod": operator.mod,
-    "PythonMod": operator.mod,
-}
-"""How the size of an axis is computed, by the kind of its formula."""
-
-
 _OF_DOUBLE: dict[Any, str] = {
     torch.float64: "dtype",
     torch.finfo(torch.float64).min: "lowest",
     torch.finfo(torch.float64).max: "highest",
 }
 """What the precision of the analysis shows itself by, and what it is called."""
-
-
-def _holds_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
-
-
-def _same_number(a: Any, b: Any) -> bool:
-    """Tell whether two sizes are the same, whatever the open sizes are: ``(s * t + t - 1) // t`` is ``s``."""
-    if a == b:
-        return True
-    names = sorted(a.free_symbols | b.free_symbols, key=str)
-    draws = [
-        dict(zip(names, itertools.islice(itertools.cycle(_PRIMES), i, None), strict=False)) for i in range(len(_PRIMES))
-    ]
-    with contextlib.suppress(ZeroDivisionError):  # sizes that a model cannot have
-        return bool(names) and a.free_symbols <= b.free_symbols and all(a.subs(d) == b.subs(d) for d in draws)
-    return False
-
-
-_PRIMES = (769, 2, 3079, 7, 1543, 97, 12289, 31, 193, 6151, 3, 389, 19)
-"""Small and large: the sizes of patches and windows, which formulas divide by, are smaller than an image."""
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
