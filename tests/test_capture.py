@@ -25,7 +25,8 @@ from dgate_wrap.errors import TraceWarning
 from dgate_wrap.tracing import Trace, capture, normalize_inputs
 from dgate_wrap.tracing.capture import _Forward, _recorded
 from dgate_wrap.tracing.origins import operation, where
-from dgate_wrap.tracing.recorder import quiet, tensors_in
+from dgate_wrap.tracing.recorder import tensors_in
+from dgate_wrap.tracing.settings import quiet
 
 
 def example() -> Tensor:

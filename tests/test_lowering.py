@@ -18,7 +18,7 @@ from dgate_wrap.tracing.capture import trace_of
 from dgate_wrap.tracing.inputs import Inputs
 from dgate_wrap.tracing.lowering import lower
 from dgate_wrap.tracing.origins import operation
-from dgate_wrap.tracing.recorder import quiet
+from dgate_wrap.tracing.settings import quiet
 
 FREE = {"aten.clone", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.sym_size"}
 """Operations that do no more than to copy, or to name a size."""

@@ -656,6 +656,31 @@ def test_a_forward_written_anew_adds_the_constants_of_layers_without_bias(tmp_pa
         torch.testing.assert_close(small(probe), model(probe))
 
 
+class ReadTwice(nn.Module):
+    """One layer reads two activations whose dead units leave other constants, so that its bias fits neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        return self.down(y.square()) + self.down(y.sigmoid()).square()
+
+
+def test_a_layer_that_is_called_twice_gets_other_constants_each_time() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4)
+    model = dg.gate(ReadTwice().eval(), dg.Select(names="up.weight", axis=0))
+    with torch.no_grad():
+        all_gates(model)[0].gamma[[1, 4, 5]] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.removed == 3
+    assert exported.model.down.in_features == 5
+    probe = torch.randn(7, 4)
+    torch.testing.assert_close(exported.model(probe), model(probe))
+
+
 class WithIdleHead(nn.Module):
     """A second head runs always; only a loss reads what it gives."""
 

@@ -91,15 +91,15 @@ def no_retreat(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_retreat")
 def test_a_wrong_fold_is_caught_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    constant = plan._constant
-    monkeypatch.setattr(plan, "_constant", lambda *args: 1.01 * constant(*args))
+    constant = plan.folded_constant
+    monkeypatch.setattr(plan, "folded_constant", lambda *args: 1.01 * constant(*args))
     with pytest.raises(dg.ExportError, match=r"on the example, in float64.* The first module that differs is 'down'"):
         dg.export(gated(), TOKENS)
 
 
 def test_a_plan_that_fails_is_left_for_one_that_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
-    constant, model = plan._constant, gated()
-    monkeypatch.setattr(plan, "_constant", lambda *args: 1.01 * constant(*args))
+    constant, model = plan.folded_constant, gated()
+    monkeypatch.setattr(plan, "folded_constant", lambda *args: 1.01 * constant(*args))
     small = dg.export(model, TOKENS, latency=False).model
     torch.testing.assert_close(small(TOKENS), model(TOKENS))
 
@@ -321,7 +321,7 @@ def test_rounding_is_judged_on_the_input_where_it_happens() -> None:
     near = torch.cat([half, half + 1e-6 * torch.randn(16, 4)], 1)
     exported = dg.export(gated, torch.randn(16, 8), batches=[near], latency=False)
     assert exported.report.certificate.tolerance["own precision"] > 1e-5
-    assert exported.report.certificate.max_error["float64"] < 1e-10
+    assert exported.report.certificate.max_error["float64"] <= exported.report.certificate.tolerance["float64"] < 1e-5
 
 
 class Narrowing(nn.Module):

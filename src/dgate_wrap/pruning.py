@@ -17,8 +17,7 @@ from .errors import PruneError
 from .gates import GatedTensor, by_gates, require_gated
 from .penalty import group_sizes
 from .tracing import Inputs, normalize_inputs
-from .tracing.capture import evaluating, unfused
-from .tracing.recorder import unchanged
+from .tracing.settings import evaluating, unchanged, unfused
 
 Scope = Literal["groups", "parameters", "flops"]
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tracing import Inputs
-from ..tracing.capture import evaluating
-from ..tracing.recorder import same_random_numbers, unchanged
+from ..tracing.settings import evaluating, same_random_numbers, unchanged
 from .recipes import plain_signature, says_no
 from .verify import run
 

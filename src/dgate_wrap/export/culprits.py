@@ -15,8 +15,9 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from ..tracing import Inputs, Trace, capture
-from ..tracing.capture import evaluating, unfused, without_cache
+from ..tracing.inputs import without_cache
 from ..tracing.origins import operation
+from ..tracing.settings import evaluating, unfused
 from .constants import rounding
 from .cuts import Cut, cut_axes
 from .recipes import bind, plain_signature

@@ -440,11 +440,11 @@ def _fold(widths: Widths, permissions: Permissions, state: dict[str, Tensor]) ->
             state[weight] = _carried(family, state[weight], fold.values, fold.carrier, facts.values[family.x])
             changed.add(weight)
             continue
+        if not permissions.can_bias(node):  # left to the forward around it, which is written anew
+            continue
         bias = facts.trace.sources[family.bias].name if family.bias is not None else None
         if bias is None:
-            path = permissions.bias_owner(node)
-            if path is None:  # left to the forward around it, which is written anew
-                continue
+            path = cast(str, permissions.bias_owner(node))
             bias = f"{path}.bias" if path else "bias"
             new_biases.append(path)
         constant = folded_constant(family, facts.values[family.weight], facts.values[family.x], fold.values)

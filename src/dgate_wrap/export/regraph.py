@@ -27,7 +27,7 @@ from .plan import Permissions, folded_constant
 from .scatter import places_of
 from .sizes import Sizes
 from .steps import RULES, UnwritableError, share_of, take
-from .widths import Widths
+from .widths import Fold, Widths
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ class Writing:
         made = rule(self, node, args, kwargs) if rule is not None else None
         if made is None:
             made = self.graph.call_function(cast(Any, node.target), tuple(args), kwargs)
-        return self._scattered(node, self._with_bias(node, made, args))
+        return self._scattered(node, self._with_bias(node, made))
 
     def _taken(self, n: Node, node: Node) -> Any:
         """Return an operand, or of one that is shared what an operation takes of it."""
@@ -378,6 +378,8 @@ class Writing:
         layer = self.r.layers.get(path)
         if layer is None or path not in self.names or not self._is_whole(node, layer.module):
             return None
+        if self._fold(node) is not None and not self.r.permissions.can_bias(self.r.twin(node)):
+            return None  # what it gives lacks constants
         given = [a for a in node.args if isinstance(a, Node) and self._source(a) not in layer.tensors]
         if isinstance(layer.module, nn.RNNBase):
             given = given[:1]
@@ -418,27 +420,40 @@ class Writing:
             return output, states
         return output, *(self.graph.call_function(operator.getitem, (states, i)) for i in range(2))
 
-    def _with_bias(self, node: Node, made: Any, args: list[Any]) -> Any:
-        twin = self.r.twin(node)
-        family = self.facts.families.get(twin)
-        fold = self.r.widths.folds.get(twin)
-        if not isinstance(family, Contraction) or family.bias is not None or fold is None or fold.carrier is not None:
-            return made
-        path = self.r.permissions.bias_owner(twin)
-        if path is None:
-            weight, x = (self.facts.values[n] for n in (family.weight, family.x))
-            constant = folded_constant(family, weight, x, fold.values)
-            name = self.hold(constant[self.r.widths.keep[twin][family.out_axis]])
-        else:
-            name = self.names[f"{path}.bias" if path else "bias"]
+    def _fold(self, node: Node) -> Fold | None:
+        """Return the constants that a contraction must be given beside its input, if no channel carries them."""
+        fold = self.r.widths.folds.get(self.r.twin(node))
+        ours = fold is not None and fold.carrier is None
+        return fold if ours and isinstance(self.facts.families.get(self.r.twin(node)), Contraction) else None
+
+    def _with_bias(self, node: Node, made: Any) -> Any:
+        """Add a bias that was made for constants."""
+        family = self.facts.families.get(self.r.twin(node))
+        path = self.r.permissions.bias_owner(self.r.twin(node))
+        if self._fold(node) is None or not isinstance(family, Contraction) or family.bias is not None or path is None:
+            return self._with_constant(node, made)
         with self.graph.inserting_before(made):
-            held = self.graph.get_attr(name)
+            held = self.graph.get_attr(self.names[f"{path}.bias" if path else "bias"])
         if op_name(node) == "linear" or op_name(node).startswith("conv"):
             made.args = (*made.args[:2], held, *made.args[3:])
             return made
-        shape = [1] * len(shape_of(twin))
-        shape[family.out_axis] = -1
-        shaped = self.graph.call_function(torch.ops.aten.view.default, (held, shape[family.out_axis :]))
+        return self._plus(node, made, family.out_axis, held)
+
+    def _with_constant(self, node: Node, made: Any) -> Any:
+        """Add constants of a contraction whose bias may not be changed, and that no layer can be given."""
+        twin, fold = self.r.twin(node), self._fold(node)
+        if fold is None or self.r.permissions.can_bias(twin):
+            return made
+        family = cast(Contraction, self.facts.families[twin])
+        constant = folded_constant(family, self.facts.values[family.weight], self.facts.values[family.x], fold.values)
+        kept = self.r.widths.keep[twin][family.out_axis]
+        return self._plus(node, made, family.out_axis, self.graph.get_attr(self.hold(constant[kept])))
+
+    def _plus(self, node: Node, made: Any, axis: int, held: Node) -> Node:
+        """Add a vector along an axis."""
+        shape = [1] * len(shape_of(self.r.twin(node)))
+        shape[axis] = -1
+        shaped = self.graph.call_function(torch.ops.aten.view.default, (held, shape[axis:]))
         return self.graph.call_function(torch.ops.aten.add.Tensor, (made, shaped))
 
 

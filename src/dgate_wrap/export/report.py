@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ..pruning import PruneReport, count_flops
 from ..tracing import Inputs
-from ..tracing.capture import evaluating
-from ..tracing.recorder import unchanged
+from ..tracing.settings import evaluating, unchanged
 from .verify import Certificate
 
 

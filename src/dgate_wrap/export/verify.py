@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
 from ..tracing import Inputs
-from ..tracing.capture import evaluating, without_cache
+from ..tracing.inputs import without_cache
+from ..tracing.settings import evaluating
 from .copies import InDouble
 from .selection import Kept, reduced
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import GateError
 from ..labels import along, disjoint
-from ..tracing.capture import evaluating
+from ..tracing.settings import evaluating
 from .registry import register_grouping
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

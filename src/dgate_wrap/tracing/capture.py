@@ -19,30 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
-from torch.nn.modules import transformer
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import TraceError, TraceWarning
-from .inputs import Inputs, input_names, normalize_inputs, signature
+from .inputs import Inputs, input_names, normalize_inputs, without_cache
 from .lowering import is_symbol, lower
 from .origins import name_owners, spot_of
-from .recorder import (
-    FOLLOWED,
-    PREFIX,
-    Recording,
-    UnrecordableError,
-    quiet,
-    record,
-    same_random_numbers,
-    show,
-    storage_of,
-    tensors_in,
-    unchanged,
-)
+from .recorder import FOLLOWED, PREFIX, Recording, UnrecordableError, record, show, storage_of, tensors_in
 from .refusals import first_line, innermost, require_running, says_followed, untraceable
 from .rewrite import split_einsums
+from .settings import evaluating, masks_as_given, quiet, same_random_numbers, unchanged
 
 PATIENCE = 50.0
 """Seconds that a trace with open sizes may take; it is done without if it takes longer."""
@@ -118,17 +106,6 @@ class Trace:
                     same = torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
                     values[node] = cast(Any, same)(*args, **kwargs)
         return values
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Generator[nn.Module]:
-    """Put a model into eval mode, and every module back into its own mode afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        yield model.eval()
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def capture(model: nn.Module, example_inputs: object, example_kwargs: Mapping[str, Any] | None = None) -> Trace:
@@ -396,46 +373,6 @@ def _geometry(x: Tensor) -> tuple[Any, ...]:
     """Return what two tensors share only if they are the same piece of memory, seen in the same way."""
     strided = (x.storage_offset(), x.stride()) if x.layout is torch.strided else None
     return storage_of(x), strided, x.shape, x.dtype
-
-
-@contextlib.contextmanager
-def without_cache(model: nn.Module, inputs: Inputs) -> Generator[dict[str, Any]]:
-    """Turn off key/value caches unless the inputs ask for them; yield what the forward takes beside its inputs."""
-    names = list(signature(model))
-    if "use_cache" in inputs.kwargs or "use_cache" in names[: len(inputs.args)]:
-        yield {}
-        return
-    configs: dict[int, Any] = {id(x): x for m in model.modules() if (x := getattr(m, "config", None)) is not None}
-    found = [x for x in configs.values() if getattr(x, "use_cache", None) is True]
-    for config in found:
-        config.use_cache = False
-    try:
-        yield {"use_cache": False} if "use_cache" in names else {}
-    finally:
-        for config in found:
-            config.use_cache = True
-
-
-@contextlib.contextmanager
-def masks_as_given() -> Generator[None]:
-    """Let nn.Transformer and its parts take masks as they are, and not look whether they are causal: no trace can."""
-    looks = transformer._detect_is_causal_mask
-    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
-    try:
-        yield
-    finally:
-        transformer._detect_is_causal_mask = looks
-
-
-@contextlib.contextmanager
-def unfused() -> Generator[None]:
-    """Run the layers of nn.TransformerEncoder step by step as a trace shows them, not as one operation in eval mode."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import TraceError
-from .recorder import unchanged
+from .settings import unchanged
 
 
 @dataclass(frozen=True)
@@ -86,3 +87,21 @@ def signature(model: nn.Module) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(model.forward).parameters
     except (TypeError, ValueError):
         return {}
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module, inputs: Inputs) -> Generator[dict[str, Any]]:
+    """Turn off key/value caches unless the inputs ask for them; yield what the forward takes beside its inputs."""
+    names = list(signature(model))
+    if "use_cache" in inputs.kwargs or "use_cache" in names[: len(inputs.args)]:
+        yield {}
+        return
+    configs: dict[int, Any] = {id(x): x for m in model.modules() if (x := getattr(m, "config", None)) is not None}
+    found = [x for x in configs.values() if getattr(x, "use_cache", None) is True]
+    for config in found:
+        config.use_cache = False
+    try:
+        yield {"use_cache": False} if "use_cache" in names else {}
+    finally:
+        for config in found:
+            config.use_cache = True

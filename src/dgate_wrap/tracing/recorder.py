@@ -1,4 +1,4 @@
-"""Run a model without leaving a mark on it, and record one real run where ``torch.export`` refuses it.
+"""Record one real run of a model, where ``torch.export`` refuses it.
 
 A record is a straight line of ATen operations. The run happens below autograd, so that linear, convolution, attention
 and norms arrive whole. Branches are followed as the example takes them, numbers read off tensors become literals, and
@@ -8,24 +8,17 @@ each such spot of the source is noted. The record may still write in place: `Rep
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import linecache
-import logging
 import operator
 import os
-import random
 import sys
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 from typing import Any, TypeAlias, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Interpreter, Node
@@ -154,72 +147,6 @@ def tensors_in(output: Any, seen: set[int]) -> Iterator[Tensor]:
         parts = list(getattr(output, "__dict__", {}).values()) if len(leaves) == 1 and leaves[0] is output else leaves
     for part in parts:
         yield from tensors_in(part, seen)
-
-
-@contextlib.contextmanager
-def quiet() -> Generator[None]:
-    """Keep to itself what ``torch.export`` warns, logs and prints of its own internals."""
-    level = logging.root.manager.disable
-    out, err = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-    with warnings.catch_warnings(), out, err:
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(level)
-
-
-@contextlib.contextmanager
-def same_random_numbers(model: nn.Module) -> Generator[None]:
-    """Put the random number generators back to where they were."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-
-
-@contextlib.contextmanager
-def unchanged(model: nn.Module, *, buffers: bool = False) -> Generator[None]:
-    """Undo what a run of the model writes into its attributes, and into its buffers where it runs for real."""
-    objects: list[Any] = [m.__dict__ for m in model.modules()]
-    objects += [c for d in objects for c in d.values() if type(c) in _CONTAINERS]
-    objects += [vars(c) for d in objects if isinstance(d, dict) for c in d.values() if _is_plain(c)]
-    contents = [(c, c.copy()) for c in objects]
-    values = [(b, b.detach().clone()) for b in model.buffers()] if buffers else []
-    try:
-        yield
-    finally:
-        for container, content in contents:
-            if not _same_content(container, content):
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(content)
-        for buffer, value in values:
-            buffer.data.copy_(value)
-
-
-_CONTAINERS = (dict, list, set, OrderedDict)
-
-
-def _is_plain(x: Any) -> bool:
-    """Tell whether an object is one of attributes, such as a configuration."""
-    return (
-        isinstance(getattr(x, "__dict__", None), dict)
-        and not isinstance(x, Tensor | nn.Module | type)
-        and not callable(x)
-    )
-
-
-def _same_content(a: Any, b: Any) -> bool:
-    """Tell whether two containers hold the same objects."""
-    if len(a) != len(b):
-        return False
-    same = all(map(operator.is_, a, b))
-    return same and (not isinstance(a, dict) or all(map(operator.is_, a.values(), b.values())))
 
 
 class _Leaving(TorchFunctionMode):

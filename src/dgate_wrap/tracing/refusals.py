@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from ..errors import TraceError
 from .inputs import Inputs
-from .recorder import Spot, is_foreign, same_random_numbers, show, spots_of_error, unchanged
+from .recorder import Spot, is_foreign, show, spots_of_error
+from .settings import same_random_numbers, unchanged
 
 
 def require_running(model: nn.Module, call: nn.Module, inputs: Inputs) -> None:

@@ -1,0 +1,117 @@
+"""How a model is run as it is traced, and without a mark on it or on the process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import operator
+import random
+import warnings
+from collections import OrderedDict
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import transformer
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Generator[nn.Module]:
+    """Put a model into eval mode, and every module back into its own mode afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def masks_as_given() -> Generator[None]:
+    """Let nn.Transformer and its parts take masks as they are, and not look whether they are causal: no trace can."""
+    looks = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = looks
+
+
+@contextlib.contextmanager
+def unfused() -> Generator[None]:
+    """Run the layers of nn.TransformerEncoder step by step as a trace shows them, not as one operation in eval mode."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextlib.contextmanager
+def quiet() -> Generator[None]:
+    """Keep to itself what ``torch.export`` warns, logs and prints of its own internals."""
+    level = logging.root.manager.disable
+    out, err = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with warnings.catch_warnings(), out, err:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+@contextlib.contextmanager
+def same_random_numbers(model: nn.Module) -> Generator[None]:
+    """Put the random number generators back to where they were."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module, *, buffers: bool = False) -> Generator[None]:
+    """Undo what a run of the model writes into its attributes, and into its buffers where it runs for real."""
+    objects: list[Any] = [m.__dict__ for m in model.modules()]
+    objects += [c for d in objects for c in d.values() if type(c) in _CONTAINERS]
+    objects += [vars(c) for d in objects if isinstance(d, dict) for c in d.values() if _is_plain(c)]
+    contents = [(c, c.copy()) for c in objects]
+    values = [(b, b.detach().clone()) for b in model.buffers()] if buffers else []
+    try:
+        yield
+    finally:
+        for container, content in contents:
+            if not _same_content(container, content):
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+        for buffer, value in values:
+            buffer.data.copy_(value)
+
+
+_CONTAINERS = (dict, list, set, OrderedDict)
+
+
+def _is_plain(x: Any) -> bool:
+    """Tell whether an object is one of attributes, such as a configuration."""
+    return (
+        isinstance(getattr(x, "__dict__", None), dict)
+        and not isinstance(x, Tensor | nn.Module | type)
+        and not callable(x)
+    )
+
+
+def _same_content(a: Any, b: Any) -> bool:
+    """Tell whether two containers hold the same objects."""
+    if len(a) != len(b):
+        return False
+    same = all(map(operator.is_, a, b))
+    return same and (not isinstance(a, dict) or all(map(operator.is_, a.values(), b.values())))
