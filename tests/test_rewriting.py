@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
 import sys
@@ -23,6 +24,7 @@ import dgate_wrap as dg
 from dgate_wrap.export.recipes import build_graph, build_tree, describe_graph, describe_tree, match_tree
 from dgate_wrap.tracing import normalize_inputs
 from dgate_wrap.tracing.capture import export_open
+from dgate_wrap.tracing.symbolic import capture_symbolic
 
 
 class Attention(nn.Module):
@@ -961,6 +963,31 @@ def test_a_batch_counted_by_a_quotient_stays_open() -> None:
     assert exported.model.attention.qkv.out_features == 24
     x = torch.randn(5, 3, 16, 16)
     torch.testing.assert_close(exported.model(x), model(x))
+
+
+def test_integers_as_types_of_tensors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "typed_network.py").write_text(
+        """
+import torch
+from torch import nn
+
+
+class Typed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        ones = torch.ones(x.shape[0], 1, dtype=INTEGER)
+        return self.down(self.up(x).relu().view(-1, 8)) * ones + int(2.5)
+""".replace("INTEGER", "int")  # not in this file, which would be such a one
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("typed_network")
+    x = torch.randn(3, 4)
+    _, opened = capture_symbolic(module.Typed(), x)
+    assert opened is not None
+    assert "int" not in vars(module)
 
 
 def test_a_trace_with_open_sizes_that_takes_too_long_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,6 @@ def _watching(
     Yields what the model's forward takes beside its inputs, to run as it was traced.
     """
     handles: list[Any] = []
-
     counts: Counter[str] = Counter()
 
     def watch(path: str, module: nn.Module) -> None:

@@ -7,7 +7,10 @@ lengths is written from its twin, in which the sizes of the inputs that may vary
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import operator
+import re
 import sys
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -73,11 +76,12 @@ def _batch(inputs: Inputs) -> set[tuple[int, int]]:
 def _open_numbers(model: nn.Module) -> Generator[None]:
     """Leave ``len(x)`` and ``int(a / b)`` of open sizes open, in the files in which the model's classes are written.
 
-    Python wants plain integers of both, and torch would take those of the example for constants.
+    Python wants plain integers of both, and torch would take those of the example for constants. A file that gives
+    tensors the type ``int`` keeps that.
     """
     files = {c.__module__ for m in model.modules() for c in type(m).__mro__ if c.__module__.split(".")[0] != "torch"}
-    spaces = [vars(sys.modules[f]) for f in files & sys.modules.keys() - {"builtins"}]
-    replaced = [(space, name) for space in spaces for name in _OPEN if name not in space]
+    modules = [sys.modules[f] for f in files & sys.modules.keys() - {"builtins"}]
+    replaced = [(vars(m), name) for m in modules for name in _replaceable(m.__name__) if name not in vars(m)]
     for space, name in replaced:
         space[name] = _OPEN[name]
     try:
@@ -85,6 +89,16 @@ def _open_numbers(model: nn.Module) -> Generator[None]:
     finally:
         for space, name in replaced:
             del space[name]
+
+
+@functools.cache
+def _replaceable(file: str) -> list[str]:
+    """Return the names that can be replaced in a file: not ``int`` beside ``dtype=int``, where torch wants just that."""
+    source = ""
+    with contextlib.suppress(OSError, TypeError):  # a notebook, say
+        source = inspect.getsource(sys.modules[file])
+    typed = re.search(r"dtype\s*=\s*int\b|\.(to|type|astype)\(int\)", source)
+    return [name for name in _OPEN if name != "int" or typed is None]
 
 
 def _length(x: Any) -> Any:
