@@ -93,7 +93,7 @@ def _open_numbers(model: nn.Module) -> Generator[None]:
 
 @functools.cache
 def _replaceable(file: str) -> list[str]:
-    """Return the names that can be replaced in a file: not ``int`` beside ``dtype=int``, where torch wants just that."""
+    """Return the names that can be replaced in a file: not ``int`` beside ``dtype=int``, where torch wants that."""
     source = ""
     with contextlib.suppress(OSError, TypeError):  # a notebook, say
         source = inspect.getsource(sys.modules[file])
