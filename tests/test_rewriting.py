@@ -683,6 +683,42 @@ def test_a_layer_that_is_called_twice_gets_other_constants_each_time() -> None:
     torch.testing.assert_close(exported.model(probe), model(probe))
 
 
+class Repeated(nn.Module):
+    """One block runs several times, as in ALBERT and RAFT; its dead units leave the same constants each time."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x).sigmoid())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = self.Block(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + self.block(x)
+        return self.head(x)
+
+
+def test_a_block_that_runs_several_times_is_written_anew_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4)
+    model = dg.gate(Repeated().eval(), dg.Select(names="block.up.weight", axis=0))
+    with torch.no_grad():
+        all_gates(model)[0].gamma[[1, 4, 5]] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.rewritten == ["block"]
+    assert exported.model.block.down.in_features == 5
+    dg.save(exported, tmp_path)
+    probe = torch.randn(7, 4)
+    for small in (exported.model, dg.load(tmp_path, Repeated()).eval()):
+        torch.testing.assert_close(small(probe), model(probe))
+
+
 class WithIdleHead(nn.Module):
     """A second head runs always; only a loss reads what it gives."""
 

@@ -130,7 +130,8 @@ class Grafts:
         except UndescribableError as e:
             raise UnwritableError(f"{path or 'the model'} takes or returns {e}") from e
         recipe, constants = written[0]
-        if any(other != recipe for other, _ in written[1:]) or (constants and len(written) > 1):
+        alike = (other == recipe and all(same_value(constants[n], held[n]) for n in held) for other, held in written)
+        if not all(alike):
             raise UnwritableError(f"{path or 'the model'} is called several times, and not in the same way")
         return recipe, constants
 
