@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,7 +73,31 @@ class Lower(nn.Module):
         return self.down((y.unsqueeze(-1) * y.unsqueeze(-2)).tril().sum(-1).transpose(1, 2))
 
 
+class Compared(nn.Module):
+    """Compares features with prototypes in ways that are made of other operations."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.up, self.down, self.how = nn.Linear(6, 8, bias=False), nn.Linear(8, 3), how
+        self.prototypes = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.up(x), self.up(self.prototypes)
+        y = self.down(a)
+        if self.how == "cosine":
+            return torch.cat([F.cosine_similarity(a.unsqueeze(1), b, dim=-1), y], 1)
+        if self.how == "inner":
+            return torch.cat([torch.inner(a, b), y], 1)
+        if self.how == "outer":
+            return y + torch.outer(a.square().sum(1), self.down.bias)
+        if self.how == "kron":
+            return y @ torch.kron(torch.eye(3), self.down.bias[:1].unsqueeze(0))
+        return y + F.pairwise_distance(a, b[:1], eps=0.0).unsqueeze(1)
+
+
 CASES = {
+    **{how: (functools.partial(Compared, how), (4, 6), ["up.weight"]) for how in ("cosine", "inner", "outer", "kron")},
+    "distance": (functools.partial(Compared, "distance"), (4, 6), ["up.weight"]),
     "lower": (Lower, (2, 5, 6), ["up.weight", "up.bias"]),
     "spectral": (Spectral, (2, 6, 6), ["up.weight"]),
     "spectral in two dimensions": (Spectral2d, (2, 5, 4), ["up.weight"]),

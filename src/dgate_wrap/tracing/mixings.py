@@ -131,7 +131,7 @@ def _reduction(node: Node, varying: frozenset[Node]) -> Family | None:
     place = iter(range(ndim))
     out_axis = tuple(next(place) if keepdim or a not in mixed else None for a in range(ndim))
     name = op_name(node)
-    order = argument(node, 1, "ord", 2) if name == "linalg_vector_norm" else None
+    order = argument(node, 1, "ord" if "ord" in arguments else "p", 2) if "norm" in name else None
     adds = name == "sum" or (isinstance(order, int | float) and order > 0)  # zeros change nothing
     return Mixing("reduction", x, mixed, out_axis, keeps_zero=adds, averages=name == "mean")
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import Trace
 from .families import Barrier, Creation, Family, Movement, OpRule, Pick, Pointwise
 from .mixings import MIXINGS
 from .movements import MOVEMENTS, source_indices
 from .nodes import is_random, is_tensor, names, op_name, shape_of, tensor_inputs, tensor_of
 from .sums import SUMS
+
+if TYPE_CHECKING:
+    from .capture import Trace
 
 __all__ = ["describe", "gives_zero", "is_tensor", "op_name", "shape_of", "source_indices", "varying_nodes"]
 
@@ -27,7 +29,8 @@ _ALSO_POINTWISE = names(
     """
     clone contiguous alias detach _to_copy to dropout feature_dropout alpha_dropout lift_fresh_copy zeros_like
     ones_like full_like empty_like hardswish where masked_fill rsub fill rrelu add mul sub div neg abs clamp
-    sigmoid log_sigmoid polar floor_divide isclose real imag complex __and__ __or__ __xor__ __lshift__ __rshift__
+    sigmoid log_sigmoid polar floor_divide isclose real imag complex _conj
+    _conj_physical resolve_conj resolve_neg __and__ __or__ __xor__ __lshift__ __rshift__
     """
 )
 """Operations that go element by element and that torch does not tag so; it never tags an alias."""
@@ -74,6 +77,12 @@ def _describe(node: Node, varying: frozenset[Node]) -> Family:
     if name in _CREATIONS and (name.startswith("new_") or not inputs):
         return Creation()
     return Barrier(inputs)
+
+
+def has_rule(node: Node) -> bool:
+    """Tell whether any rule knows an operation."""
+    name, tags = op_name(node), cast("list[torch.Tag]", getattr(node.target, "tags", []))
+    return name in _RULES or name in _ALSO_POINTWISE or name in _CREATIONS or torch.Tag.pointwise in tags
 
 
 def varying_nodes(trace: Trace) -> frozenset[Node]:
