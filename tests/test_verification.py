@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import dgate_wrap as dg
 from dgate_wrap.export import api, plan, search
 from dgate_wrap.export.copies import InDouble, share
-from dgate_wrap.export.verify import _Reference
+from dgate_wrap.export.verify import Verifier, _Reference
 from dgate_wrap.tracing import normalize_inputs
 
 TOKENS = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
@@ -343,6 +344,29 @@ def test_what_a_forward_computes_in_float32_is_compared_in_float64_too(monkeypat
     plant(monkeypatch, "up", lambda _, out: out * (1 + 1e-8))
     with pytest.raises(dg.ExportError, match="not equal"):
         dg.export(gated(Narrowing(), tuple(range(0, 64, 3))), TOKENS, latency=False)
+
+
+def test_an_output_that_is_nothing_but_rounding_excuses_no_other() -> None:
+    """The mean of what a norm gives is zero, of which rounding leaves something; no digit of that is right."""
+
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.norm = nn.Linear(4, 8), nn.Linear(8, 3), nn.LayerNorm(8, elementwise_affine=False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.up(x)
+            return self.down(y), self.norm(y.exp()).mean(-1)
+
+    model = Centred().eval()
+    verifier = Verifier(model, copy.deepcopy(model).double(), normalize_inputs(torch.randn(5, 4)), "float64")
+    certificate = verifier.check(model, copy.deepcopy(model).double())
+    assert certificate.tolerance["float64"] < 1e-9
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.down.weight *= 1.1
+    with pytest.raises(dg.ExportError, match="in float64, it differs by"):
+        verifier.check(wrong, copy.deepcopy(wrong).double())
 
 
 def test_what_a_run_writes_into_attributes_does_not_stay() -> None:
