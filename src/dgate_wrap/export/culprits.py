@@ -38,18 +38,24 @@ class Call:
     """One call of a module.
 
     Args:
-        path: The module.
-        arguments: Its arguments by name, and its result, as they were before later code wrote to them.
-        result: Its result.
         chain: The calls within which it was made, from the outermost to itself.
+        result: Its result; that, and arguments, are as they were before later code wrote to them.
         sized: Which leaves of its arguments are whole numbers that follow from the sizes of the model's inputs.
     """
 
-    path: str
-    arguments: dict[str, Any]
-    result: Any
     chain: tuple[Begun, ...]
+    result: Any
     sized: frozenset[int] = frozenset()
+
+    @property
+    def path(self) -> str:
+        """The module."""
+        return self.chain[-1].path
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Its arguments by name."""
+        return self.chain[-1].arguments
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,8 @@ def _watching(
             counts[path] += 1
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            chain = tuple(open_calls)
-            calls.append(Call(path, open_calls.pop().arguments, _copied(result), chain))
+            calls.append(Call(tuple(open_calls), _copied(result)))
+            open_calls.pop()
 
         signature = plain_signature(module)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))

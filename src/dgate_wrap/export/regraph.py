@@ -378,8 +378,8 @@ class Writing:
         layer = self.r.layers.get(path)
         if layer is None or path not in self.names or not self._is_whole(node, layer.module):
             return None
-        if self._fold(node) is not None and not self.r.permissions.can_bias(self.r.twin(node)):
-            return None  # what it gives lacks constants
+        if self._left_over(node) is not None:  # what it gives lacks constants
+            return None
         given = [a for a in node.args if isinstance(a, Node) and self._source(a) not in layer.tensors]
         if isinstance(layer.module, nn.RNNBase):
             given = given[:1]
@@ -439,10 +439,15 @@ class Writing:
             return made
         return self._plus(node, made, family.out_axis, held)
 
+    def _left_over(self, node: Node) -> Fold | None:
+        """Return the constants of a contraction for which no bias can be changed or made."""
+        fold = self._fold(node)
+        return None if fold is None or self.r.permissions.can_bias(self.r.twin(node)) else fold
+
     def _with_constant(self, node: Node, made: Any) -> Any:
         """Add constants of a contraction whose bias may not be changed, and that no layer can be given."""
-        twin, fold = self.r.twin(node), self._fold(node)
-        if fold is None or self.r.permissions.can_bias(twin):
+        twin, fold = self.r.twin(node), self._left_over(node)
+        if fold is None:
             return made
         family = cast(Contraction, self.facts.families[twin])
         constant = folded_constant(family, self.facts.values[family.weight], self.facts.values[family.x], fold.values)
