@@ -252,6 +252,11 @@ SHAPES = [
         two(),
         hidden=6,
     ),
+    _rows(
+        "index_add",
+        lambda m, x: m.b((h := F.relu(m.a(x)).view(-1, 3, 2)).index_add(-1, torch.tensor([1]), m.c(h)).flatten(1)),
+        lambda: {**two()(), "c": Linear(2, 1)},
+    ),
     _rows("flip", lambda m, x: m.b(F.relu(m.a(x)).flip(1)), two(), hidden=6),
     _rows("roll", lambda m, x: m.b(F.relu(m.a(x)).roll(2, 1)), two(), hidden=6),
     _rows("pad_channels", lambda m, x: m.b(F.pad(F.relu(m.a(x)), (1, 2))), two(6, 9), hidden=6),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._decomp.decompositions as decompositions
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
@@ -635,3 +636,67 @@ def test_a_cache_inside_of_the_users_own_model_is_off_too() -> None:
     trace = capture(model, ids)
     assert_follows(trace, model, ids)
     assert model.body.config.use_cache
+
+
+class Gathered(nn.Module):
+    """Gathers a table of biases from a parameter once in eval mode, and keeps it until training begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, 6)
+        self.biases, self.places = nn.Parameter(torch.randn(3, 4)), torch.tensor([[0, 1, 2], [1, 0, 3], [2, 3, 0]])
+        self.kept: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Gathered:
+        super().train(mode)
+        if mode:
+            self.kept = {}
+        return self
+
+    def _bias(self) -> Tensor:
+        if self.training:
+            return self.biases[:, self.places]
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.biases[:, self.places]
+        return self.kept["bias"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 3, 2).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v, self._bias()).transpose(1, 2).flatten(2))
+
+
+def test_what_modules_keep_of_earlier_runs_is_no_constant() -> None:
+    model, x = Gathered().eval(), torch.randn(2, 3, 6)
+    with torch.no_grad():
+        before = model(x)
+    kept = model.kept["bias"]
+    trace = capture(model, x)
+    assert "biases" in {s.name for s in trace.sources.values() if s.kind == "parameter"}
+    assert model.kept["bias"] is kept
+    assert not model.training
+    gated = dg.gate(model, "heads", example_inputs=x)
+    assert torch.equal(gated(x), before)
+    [gates] = {t.gates for t in dg.gates.gated_tensors(gated)}
+    with torch.no_grad():
+        gates.gamma[1] = 0
+    exported = dg.export(gated, x, latency=False)
+    assert exported.report.removed == 1
+    assert exported.model.biases.shape == (2, 4)
+    with torch.no_grad():
+        assert torch.allclose(gated(x), exported.model(x), atol=1e-6)
+
+
+def test_last_states_of_an_lstm_have_the_shape_of_its_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = decompositions.one_layer_lstm
+
+    def longer(*args: Any, **kwargs: Any) -> Any:  # as torch does up to 2.12
+        out, (h, c) = run(*args, **kwargs)
+        return out, (h[None], c[None])
+
+    monkeypatch.setattr(decompositions, "one_layer_lstm", longer)
+    trace = capture(nn.LSTM(4, 3, batch_first=True), torch.randn(2, 5, 4))
+    values = trace.run()
+    states = [n for n in trace.outputs if tuple(n.meta["val"].shape) == (1, 2, 3)]
+    assert len(states) == 2
+    assert all(n.meta["val"].shape == values[n].shape for n in trace.outputs)
+    assert decompositions.one_layer_lstm is longer

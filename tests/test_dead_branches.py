@@ -40,6 +40,41 @@ class ResNet(nn.Module):
         return self.head(self.blocks(self.stem(x).relu()).mean((2, 3)))
 
 
+class Positions(nn.Module):
+    """Convolutions over neighbours, one per part of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Conv1d(3, 3, 3, padding=1, groups=3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(y) for part, y in zip(self.parts, x.chunk(2, 1), strict=True)], 1)
+
+
+class Positioned(nn.Module):
+    """Weighs what it computes by positions, for which several blocks share a module."""
+
+    def __init__(self, positions: Positions) -> None:
+        super().__init__()
+        self.inner, self.positions, self.out = nn.Conv1d(6, 6, 1), positions, nn.Conv1d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.inner(x) * self.positions(x).sigmoid())
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.positions, self.head = nn.Conv1d(2, 6, 3), Positions(), nn.Linear(6, 4)
+        self.blocks = nn.ModuleList(Positioned(self.positions) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean(-1))
+
+
 def mlp(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, 8), nn.Dropout(0.1), nn.ReLU(), nn.Linear(8, outputs))
 
@@ -427,3 +462,24 @@ def test_a_dead_branch_takes_anything_in_place_of_what_it_does_not_read() -> Non
     small = dg.export(gated, x, latency=False).model
     assert not list(small.mix.parameters())
     assert_equal(gated, small, (1, 3, 4), (1, 9, 4))
+
+
+@pytest.mark.parametrize("dead", [(0,), (1,), (0, 2), (0, 1, 2)])
+def test_dead_blocks_leave_what_they_share_to_the_others(dead: tuple[int, ...]) -> None:
+    model, x = Shared(), torch.randn(2, 2, 9)
+    randomize(model, torch.Generator().manual_seed(1))
+    gated = dg.gate(model, "blocks", example_inputs=x).eval()
+    with torch.no_grad():
+        for t in dg.gates.gated_tensors(gated):
+            if t.name.split(".")[1] in map(str, dead):
+                t.gates.gamma[:] = 0
+    exported = dg.export(gated, x, latency=False)
+    assert exported.report.removed == len(dead)
+    assert not exported.report.kept
+    alive = 3 - len(dead)
+    sizes = {"stem": 42, "head": 28, "block": 84, "positions": 24}
+    own = sizes["stem"] + sizes["head"] + alive * sizes["block"] + (sizes["positions"] if alive else 0)
+    assert sum(p.numel() for p in exported.model.parameters()) == own
+    assert {p for p in exported.report.rewritten if p.startswith("blocks.")} <= {f"blocks.{i}" for i in dead}
+    with torch.no_grad():
+        assert torch.allclose(gated(x), exported.model(x), rtol=1e-5, atol=1e-6)

@@ -73,6 +73,17 @@ class Lower(nn.Module):
         return self.down((y.unsqueeze(-1) * y.unsqueeze(-2)).tril().sum(-1).transpose(1, 2))
 
 
+class Subsampled(nn.Module):
+    """Leaves every other position out by a pooling that pools nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(5, 8, 1), nn.Conv1d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.avg_pool1d(self.up(x).sigmoid(), 1, 2))
+
+
 class Compared(nn.Module):
     """Compares features with prototypes in ways that are made of other operations."""
 
@@ -102,6 +113,7 @@ CASES = {
     "spectral": (Spectral, (2, 6, 6), ["up.weight"]),
     "spectral in two dimensions": (Spectral2d, (2, 5, 4), ["up.weight"]),
     "normalized": (Normalized, (4, 6), ["up.weight"]),
+    "subsampled": (Subsampled, (2, 5, 6), ["up.weight", "up.bias"]),
     "standardized": (Standardized, (2, 5, 4), ["gain", "up.bias"]),
 }
 

@@ -427,3 +427,40 @@ def test_rounding_is_allowed_for_and_nothing_else(factor: float, double: float) 
         expected = double if own[0].isfinite().all() else 1e-10
         assert found["float64"] == pytest.approx(expected, rel=1e-3)
         assert found["own precision"] <= 20 * 0.051
+
+
+class Saturated(nn.Module):
+    """Scales its scores by the width that it finds; after a large bias, its outputs lie at the end of their range."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = self.q(x), self.k(x)
+            return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ self.v(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = self.Attention(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(self.attention(x)) + 1e4
+        return torch.cat([F.hardtanh(y), x], -1)
+
+
+def test_what_saturated_outputs_hide_is_compared_within() -> None:
+    model, dead = Saturated(), torch.tensor([1, 4])
+    randomize(model, torch.Generator().manual_seed(1))
+    labels = torch.arange(6)
+    gated = dg.gate(
+        model, {f"attention.{n}.{p}": labels.view(-1, *[1] * (p == "weight")) for n in "qk" for p in ("weight", "bias")}
+    )
+    [gates] = {t.gates for t in dg.gates.gated_tensors(gated)}
+    with torch.no_grad():
+        gates.gamma[dead] = 0
+    exported = dg.export(gated, TOKENS, latency=False)
+    assert exported.report.removed == 2
+    with torch.no_grad():
+        assert torch.allclose(gated.eval().attention(TOKENS), exported.model.eval().attention(TOKENS), atol=1e-5)

@@ -17,6 +17,7 @@ from ..gating import ungate
 from ..pruning import PruneReport, prune
 from ..tracing import Inputs, capture, normalize_inputs
 from ..tracing.capture import all_tensors
+from ..tracing.settings import forget_results
 from .alignment import find_orders, reorder_, reordered
 from .configs import express
 from .copies import separate_, share, weight_bytes
@@ -122,6 +123,7 @@ def export(
     with torch.no_grad():
         with clock("copy"):
             pruned = _copy(model).eval()  # reading a spectrally normalized weight in train mode would change it
+            forget_results(pruned)
             pruning = prune(pruned, tol=tol)
             tensors = require_gated(pruned, "cannot export")
             dead = _dead_groups(tensors)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections import Counter
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,11 +25,15 @@ from .widths import Widths
 
 @dataclass(frozen=True)
 class Begun:
-    """The begin of a call of a module: which one of its calls it is, and its arguments by name."""
+    """The begin of a call: the modules it is within, from the outermost to the called one, and arguments by name."""
 
-    path: str
-    count: int
+    within: tuple[str, ...]
     arguments: dict[str, Any]
+
+    @property
+    def path(self) -> str:
+        """The module."""
+        return self.within[-1]
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,11 @@ def _watching(
     Yields what the model's forward takes beside its inputs, to run as it was traced.
     """
     handles: list[Any] = []
-    counts: Counter[str] = Counter()
 
     def watch(path: str, module: nn.Module) -> None:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            open_calls.append(Begun(path, counts[path], _copied(bind(signature, args, kwargs))))
-            counts[path] += 1
+            within = (*(begun.path for begun in open_calls), path)
+            open_calls.append(Begun(within, _copied(bind(signature, args, kwargs))))
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             calls.append(Call(tuple(open_calls), _copied(result)))
@@ -219,19 +221,21 @@ def same_value(a: Tensor, b: Tensor) -> bool:
     return all(bool(((x - y).abs() <= bound).all()) for x, y in (first, (a, b)))
 
 
-def _any_same(known: list[tuple[Tensor, Tensor]], y: Tensor) -> bool:
-    """Tell whether a tensor is one of some, but for what nobody needs; of what is not in the graph, it is."""
-    return not known or any(_same(x, idle, y) for x, idle in known)
+def _in_order(some: tuple[str, ...], everything: tuple[str, ...]) -> bool:
+    """Tell whether names come in the same order among others."""
+    rest = iter(everything)
+    return all(name in rest for name in some)
 
 
-def _same(x: Tensor, idle: Tensor, y: Tensor) -> bool:
+def _same(x: Tensor, idle: Tensor, y: Tensor, tolerance: float) -> bool:
     if x.shape != y.shape:
         return False
     if not x.is_floating_point():
         return torch.equal(x, y)
     finite = x[x.isfinite()]  # of masks
     scale = float(finite.abs().max()) if finite.numel() else 0.0
-    same = (x == y) | ((x - y).abs() <= 1e-6 * scale + 1e-30)
+    tolerance = max(tolerance, 1e-6 if x.dtype == torch.float64 else 1e-4 if x.dtype == torch.float32 else 5e-2)
+    same = (x == y) | ((x - y).abs() <= tolerance * scale + 1e-30)
     return bool((same | idle).all())
 
 
@@ -242,14 +246,17 @@ class Expected:
         values: Per node of the graph, its value in the dense model on the same inputs.
         widths: What is kept of them.
         calls: The calls of the dense model's modules.
+        tolerance: How much elements may differ at least, relative to the largest one.
     """
 
-    def __init__(self, values: Mapping[Node, Any], widths: Widths, calls: Iterable[Call]) -> None:
-        self.values, self.widths = values, widths
+    def __init__(
+        self, values: Mapping[Node, Any], widths: Widths, calls: Iterable[Call], tolerance: float = 0.0
+    ) -> None:
+        self.values, self.widths, self._tolerance = values, widths, tolerance
         self._calls: dict[str, list[Call]] = {}
         for call in calls:
             self._calls.setdefault(call.path, []).append(call)
-        self._kept: dict[tuple[str, int, bool], list[list[tuple[Tensor, Tensor]] | None]] = {}
+        self._kept: dict[tuple[int, bool], list[list[tuple[Tensor, Tensor]] | None]] = {}
         self._nodes: dict[tuple[Any, ...], list[Node]] = {}
         for node, value in values.items():
             if isinstance(value, Tensor) and node in widths.keep:
@@ -257,31 +264,35 @@ class Expected:
 
     def agrees(self, call: Call) -> bool:
         """Tell whether the result of a call is that of the dense model, cut."""
-        begun = call.chain[-1]
-        return self._has(begun) and self._same(begun, call.result, given=False) is True
+        return any(self._same(known, call.result, given=False) is True for known in self._alike(call.chain[-1]))
 
     def takes(self, begun: Begun) -> bool:
         """Tell whether the arguments of a call are those of the dense model, cut; so are ones of another form."""
-        return self._has(begun) and self._same(begun, begun.arguments, given=True) is not False
+        return any(self._same(known, begun.arguments, given=True) is not False for known in self._alike(begun))
 
-    def _has(self, begun: Begun) -> bool:
-        return begun.count < len(self._calls.get(begun.path, []))
+    def _alike(self, begun: Begun) -> list[Call]:
+        """Return the calls of the same module within the same ones; forwards written anew leave some of these out."""
+        return [c for c in self._calls.get(begun.path, []) if _in_order(begun.within, c.chain[-1].within)]
 
-    def _same(self, begun: Begun, tree: Any, *, given: bool) -> bool | None:
+    def _same(self, call: Call, tree: Any, *, given: bool) -> bool | None:
         """Tell whether a call is given, or gives, what it should; ``None`` if that has another form."""
-        known, found = self._leaves(begun.path, begun.count, given), pytree.tree_leaves(tree)
+        known, found = self._leaves(call, given), pytree.tree_leaves(tree)
         if len(known) != len(found):
             return None
         pairs = [(x, y) for x, y in zip(known, found, strict=True) if x is not None and y is not None]  # None: unread
-        return all(isinstance(y, Tensor) and _any_same(x, y) for x, y in pairs)
+        return all(isinstance(y, Tensor) and self._any_same(x, y) for x, y in pairs)
 
-    def _leaves(self, path: str, count: int, given: bool) -> list[list[tuple[Tensor, Tensor]] | None]:
+    def _any_same(self, known: list[tuple[Tensor, Tensor]], y: Tensor) -> bool:
+        """Tell whether a tensor is one of some, but for what nobody needs; of what is not in the graph, it is."""
+        return not known or any(_same(x, idle, y, self._tolerance) for x, idle in known)
+
+    def _leaves(self, call: Call, given: bool) -> list[list[tuple[Tensor, Tensor]] | None]:
         """Return, per leaf that is a tensor, what it may be when cut, and what nobody needs of that."""
-        if (path, count, given) not in self._kept:
-            call = self._calls[path][count]
+        key = (id(call), given)
+        if key not in self._kept:
             leaves = pytree.tree_leaves(call.arguments if given else call.result)
-            self._kept[path, count, given] = [self._cut(x) if isinstance(x, Tensor) else None for x in leaves]
-        return self._kept[path, count, given]
+            self._kept[key] = [self._cut(x) if isinstance(x, Tensor) else None for x in leaves]
+        return self._kept[key]
 
     def _cut(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         nodes = [n for n in self._nodes.get((tuple(x.shape), x.dtype), []) if same_value(self.values[n], x)]

@@ -314,6 +314,13 @@ class Recipe:
     drops: list[str]
 
 
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module, for another one with the same tensors and submodules that may drop some."""
+    found = {k: v for k, v in module.__dict__.items() if k not in ("forward", "_run")}
+    stores = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    return found | {store: type(found[store])(found[store]) for store in stores}
+
+
 class Rewritten(nn.Module):
     """A module of the user's whose forward is a graph, since its own code cannot follow the smaller tensors.
 
@@ -334,26 +341,37 @@ class Rewritten(nn.Module):
 
     def __init__(self, original: nn.Module, recipe: Recipe, constants: dict[str, Tensor]) -> None:
         super().__init__()
-        own = {k: v for k, v in original.__dict__.items() if k not in ("forward", "_run")}
-        self.__dict__.update(own)
-        for store in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[store] = type(own[store])(own[store])
+        self.__dict__.update(_attributes(original))
         again = isinstance(original, Rewritten)
         self.__dict__["stands_for"] = original.stands_for if again else type(original).__name__
         self.__dict__["recipe"] = recipe
         self.__dict__["_signature"] = plain_signature(original)
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
+        separated: dict[str, nn.Module] = {"": self}
+        held = {name for name, _ in self.named_modules(remove_duplicate=False)}
         for name in recipe.drops:
             owner, _, leaf = name.rpartition(".")
-            holder = self.get_submodule(owner)
-            holder._parameters.pop(leaf, None)
-            holder._buffers.pop(leaf, None)
-        self._forget_idle()
+            if owner in held:  # else a module that others share is a forward written anew, which forgot it
+                holder = self._separate(owner, separated)
+                holder._parameters.pop(leaf, None)
+                holder._buffers.pop(leaf, None)
+        self._forget_idle(separated)
         _require_records(recipe.gives)
         self._compile()
 
-    def _forget_idle(self) -> None:
+    def _separate(self, path: str, separated: dict[str, nn.Module]) -> nn.Module:
+        """Return a submodule that no other module shares, with those around it: a copy, which has the same tensors."""
+        if path not in separated:
+            parent, _, leaf = path.rpartition(".")
+            around = self._separate(parent, separated)
+            module = around.get_submodule(leaf)
+            copy = separated[path] = type(module).__new__(type(module))
+            copy.__dict__.update(_attributes(module))
+            around._modules[leaf] = copy
+        return separated[path]
+
+    def _forget_idle(self, separated: dict[str, nn.Module]) -> None:
         """Drop submodules that have no tensors and are not called."""
         called = [f"{target}." for _, op, target, *_ in self.recipe.steps if op == "call_module"]
         modules = dict(self.named_modules())
@@ -361,7 +379,7 @@ class Rewritten(nn.Module):
             held = [*modules[path].parameters(), *modules[path].buffers()]
             if not held and not any(c.startswith(f"{path}.") or f"{path}.".startswith(c) for c in called):
                 parent, _, leaf = path.rpartition(".")
-                modules[parent]._modules.pop(leaf, None)
+                self._separate(parent, separated)._modules.pop(leaf, None)
 
     def extra_repr(self) -> str:
         """Show which class it stands for in ``print(model)``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
@@ -250,8 +251,11 @@ class _Search:
         [twin] = [n for n, twin in subject.symbolic.twins.items() if twin is node]
         return not is_open(twin.meta["val"].shape[axis])
 
-    def _proven(self, draft: Draft, widths: Widths, frozen: Frozen) -> Found:
-        """Make the smaller network, in its own precision and in that of the analysis, and require that it is equal."""
+    def _proven(self, draft: Draft, widths: Widths, frozen: Frozen, *, agreed: bool = False) -> Found:
+        """Make the smaller network, in its own precision and in that of the analysis, and require that it is equal.
+
+        ``agreed`` tells that its modules were compared already.
+        """
         plan = draft.plan
         own = {n: t.to(_like(self.dense, n, t)) for n, t in draft.tensors.items()}
         small = plan.apply(share(self.dense), own)
@@ -260,10 +264,31 @@ class _Search:
             certificate = self.verifier.check(
                 small, exact, plan.taken, computed=exact is small and self._computed(draft, widths)
             )
+            if exact is not small and not agreed:
+                self._require_agreement(draft, widths)
         except ExportError as e:
             self._failed[id(e)] = e, cast(Mismatch, self.verifier.mismatch), exact, widths, plan
             raise
         return Found(small, exact, self.subject, widths, plan, certificate, frozen)
+
+    def _require_agreement(self, draft: Draft, widths: Widths) -> None:
+        """Require that every module gives what it should: of what code gets wrong, saturated outputs show nothing."""
+        start, differs = time.perf_counter(), False
+        with contextlib.suppress(Exception):  # a model that cannot be watched is compared by its outputs alone
+            expected = self._expected(widths, 1e-3)  # far above rounding, in float32 too, and far below another scale
+            differs = find_culprit(self._exact(draft), self._taken(draft), expected) is not None
+        self.verifier.checking += time.perf_counter() - start
+        if differs:
+            found = "its outputs are, but a module gives something else than it gave"
+            self.verifier.mismatch = Mismatch(self.verifier.inputs[0], False, found)
+            raise self.verifier.mismatch.error()
+
+    def _expected(self, widths: Widths, tolerance: float = 0.0) -> Expected:
+        return Expected(self.subject.facts.values, widths, self.calls, tolerance)
+
+    def _taken(self, draft: Draft) -> Inputs:
+        """Return what a smaller network takes of the example."""
+        return reduced(self.subject.inputs, self.dense, draft.plan.taken)
 
     def _computed(self, draft: Draft, widths: Widths) -> bool:
         """Tell whether a tensor may hold more than what stays of one: a folded constant, or a rescaled norm."""
@@ -354,7 +379,7 @@ class _Search:
                 continue
             try:
                 if culprit is None:
-                    return self._proven(draft, widths, frozen)
+                    return self._proven(draft, widths, frozen, agreed=True)
             except ExportError as e:
                 if not drafts:
                     raise e from failure
@@ -411,8 +436,7 @@ class _Search:
     def _repair(self, draft: Draft, widths: Widths, grafts: Grafts | None) -> tuple[Draft, Culprit | None]:
         """Give modules other integers, or forwards that are written anew; return the first that this does not help."""
         integers = Integers(self.subject.model, widths)
-        expected = Expected(self.subject.facts.values, widths, self.calls)
-        inputs = reduced(self.subject.inputs, self.dense, draft.plan.taken)
+        expected, inputs = self._expected(widths), self._taken(draft)
         while (culprit := find_culprit(exact := self._exact(draft), inputs, expected)) is not None:
             patch = _helping(exact, inputs, expected, culprit, integers.guesses(culprit.path))
             better = None if patch is None else draft.patched(patch)

@@ -373,7 +373,8 @@ class Verifier:
         floats = [x for x in first.own if isinstance(x, Tensor) and x.is_floating_point()]
         kinds = {x.is_floating_point() for x in first.inputs.leaves() if isinstance(x, Tensor)}
         if floats and not still and len(kinds) == 1:  # indices beside features may count, at values not in the example
-            raise constant_output("its outputs are the same on the example and on random inputs")
+            seen = "its outputs are the same on the example and on random inputs"
+            raise constant_output(f"{seen}; if others move them, export on those")
 
     def check(
         self, small: nn.Module, exact: nn.Module, kept: Kept | None = None, *, computed: bool = True

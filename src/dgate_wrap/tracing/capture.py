@@ -30,7 +30,7 @@ from .origins import name_owners, spot_of
 from .recorder import FOLLOWED, PREFIX, Recording, UnrecordableError, record, show, storage_of, tensors_in
 from .refusals import first_line, innermost, require_running, says_followed, untraceable
 from .rewrite import split_einsums
-from .settings import evaluating, masks_as_given, quiet, same_random_numbers, unchanged
+from .settings import evaluating, forget_results, lstm_states, masks_as_given, quiet, same_random_numbers, unchanged
 
 PATIENCE = 50.0
 """Seconds that a trace with open sizes may take; it is done without if it takes longer."""
@@ -152,7 +152,10 @@ def capture(model: nn.Module, example_inputs: object, example_kwargs: Mapping[st
 @contextlib.contextmanager
 def _settings(model: nn.Module, inputs: Inputs) -> Generator[dict[str, Any]]:
     """Set a model and the process up for a trace; yield what the forward takes beside its inputs."""
-    with evaluating(model), without_cache(model, inputs) as extra, torch.no_grad(), quiet(), masks_as_given():
+    process = (torch.no_grad(), quiet(), masks_as_given(), lstm_states())
+    with evaluating(model), without_cache(model, inputs) as extra, contextlib.ExitStack() as stack:
+        for setting in process:
+            stack.enter_context(setting)
         yield extra
 
 
@@ -171,6 +174,7 @@ class _Forward(nn.Module):
 def _export(model: nn.Module, call: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     """Export, and require that no shape depends on the values of tensors."""
     with unchanged(model), same_random_numbers(model):
+        forget_results(model)
         exported = lower(torch.export.export(call, inputs.args, inputs.kwargs, strict=False))
     for node in exported.graph.nodes:
         if any(_is_symbolic(x) for x in pytree.tree_leaves(node.meta.get("val"))):
@@ -210,6 +214,7 @@ def export_open(
     with _settings(model, inputs) as extra:
         call = _Positional(model, extra, list(inputs.kwargs))
         with unchanged(model), same_random_numbers(model):
+            forget_results(model)
             exported = torch.export.export(call, given, dynamic_shapes=sizes, strict=False)
             lowered = lower(exported)
             name_owners(lowered.graph, model)
@@ -304,6 +309,7 @@ def _record(
     """Record a run and export it; return the error instead of raising it, so that it chains to none."""
     try:
         with unchanged(model, buffers=True), same_random_numbers(model):
+            forget_results(model)
             given = inputs.map(Tensor.clone)
             recording = record(model, call, given.args, given.kwargs)
         return recording, _export(model, recording.replay, inputs), None

@@ -39,12 +39,19 @@ class Elements(Products):
 
     def _write(self, family: Indexing, node: Node, united: Tensor, written: Tensor) -> None:
         """What is written or added at unknown positions is united with what lies there."""
+        if not written.numel():
+            return self._set(node, united)
         rest = [a for a in range(united.dim()) if a not in family.axes]
-        tail = written.dim() - len(rest)
-        source = self._unite_over(written, range(max(tail, 0)), self._says(node, "it is written at unknown positions"))
-        shape = [1] * united.dim()
-        for a, n in zip(reversed(rest), reversed(source.shape), strict=False):
-            shape[a] = n
+        masks = any(n.meta["val"].dtype == torch.bool for n in family.indices)
+        count = max(1 if masks else max(len(shape_of(n)) for n in family.indices), written.dim() - len(rest))
+        source = self._aligned(written, len(rest) + count)
+        side_by_side = family.axes == tuple(range(family.axes[0], family.axes[0] + len(family.axes)))
+        first = family.axes[0] if side_by_side else 0  # where torch puts what is picked among the other axes
+        source = self._unite_over(
+            source, range(first, first + count), self._says(node, "it is written at unknown positions")
+        )
+        sizes = iter(n for a, n in enumerate(source.shape) if a not in range(first, first + count))
+        shape = [next(sizes) if a in rest else 1 for a in range(united.dim())]
         source = source.reshape(shape)
         a, b = label_of(united), label_of(source)
         self.structure.unite(a, b)
@@ -52,7 +59,7 @@ class Elements(Products):
         state = torch.maximum(state_of(united), state_of(source))
         state = torch.where((united == CONSTANT) & (source >= 0), state_of(source).clamp_min(FIXED), state)
         data = (united == DATA) | (source == DATA)
-        self._set(node, torch.where(top >= 0, top * 4 + state, torch.where(data, DATA, CONSTANT)))
+        return self._set(node, torch.where(top >= 0, top * 4 + state, torch.where(data, DATA, CONSTANT)))
 
     @staticmethod
     def _aligned(words: Tensor, ndim: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import cast
+from typing import Any, cast
 
 from torch.fx import Node
 
@@ -107,15 +107,23 @@ _POOLS = names(
 
 
 def _pool(n: int, node: Node, varying: frozenset[Node]) -> Family | None:
-    """Pool or resize over the last n axes; along an axis with a kernel of one, nothing mixes."""
+    """Pool or resize over the last n axes; along an axis with a kernel and a stride of one, nothing mixes."""
     x = node.args[0]
     if not isinstance(x, Node):
         return None
     ndim = len(shape_of(x))
-    kernel = argument(node, 1, "kernel_size") if op_name(node).startswith(("max_pool", "avg_pool")) else None
-    sizes = cast("list[int]", kernel) if isinstance(kernel, list | tuple) and len(kernel) == n else [2] * n
-    mixed = frozenset(a for a, k in zip(range(ndim - n, ndim), sizes, strict=True) if k != 1)
-    return Mixing("pool", x, mixed, tuple(range(ndim)))
+    mixed = range(ndim - n, ndim)
+    if op_name(node).startswith(("max_pool", "avg_pool")):
+        kernel = _each(n, argument(node, 1, "kernel_size"))
+        stride = _each(n, argument(node, 2, "stride", []) or kernel)
+        mixed = [a for a, k, s in zip(mixed, kernel, stride, strict=True) if k != 1 or s != 1]
+    return Mixing("pool", x, frozenset(mixed), tuple(range(ndim)))
+
+
+def _each(n: int, given: Any) -> list[int]:
+    """Return a setting of every one of n axes: one value stands for all of them."""
+    values = list(given) if isinstance(given, list | tuple) else [given]
+    return values * n if len(values) == 1 else values
 
 
 def _reduction(node: Node, varying: frozenset[Node]) -> Family | None:

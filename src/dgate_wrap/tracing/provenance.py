@@ -184,8 +184,8 @@ class Provenance:
                 return rows.unsqueeze(-1).expand(shape) if rows.shape == shape[:-1] else None  # bags are not told apart
             case Indexing():
                 values = {n: self.constant(n) for n in family.indices}
-                if any(v is None for v in values.values()):
-                    return None
+                if family.adds or any(v is None for v in values.values()):
+                    return None  # words are moved, and not added
                 return family.run([of(n) for n in (family.x, family.source) if n is not None], values)
             case _:
                 return None

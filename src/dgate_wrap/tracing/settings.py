@@ -9,13 +9,15 @@ import operator
 import random
 import warnings
 from collections import OrderedDict
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch._decomp.decompositions as decompositions
 from torch import Tensor, nn
 from torch.nn.modules import transformer
+from torch.utils import _pytree as pytree
 
 
 @contextlib.contextmanager
@@ -38,6 +40,22 @@ def masks_as_given() -> Generator[None]:
         yield
     finally:
         transformer._detect_is_causal_mask = looks
+
+
+@contextlib.contextmanager
+def lstm_states() -> Generator[None]:
+    """Give an LSTM's last states the shape of its first ones in a trace: up to torch 2.12 they have an axis more."""
+    run: Any = decompositions.one_layer_lstm
+
+    def shaped(x: Tensor, states: Sequence[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out, last = run(x, states, *args, **kwargs)
+        return out, tuple(t.reshape(s.shape) for t, s in zip(last, states, strict=True))
+
+    decompositions.one_layer_lstm = shaped
+    try:
+        yield
+    finally:
+        decompositions.one_layer_lstm = run
 
 
 @contextlib.contextmanager
@@ -97,6 +115,22 @@ def unchanged(model: nn.Module, *, buffers: bool = False) -> Generator[None]:
             buffer.data.copy_(value)
 
 
+def forget_results(model: nn.Module) -> None:
+    """Let modules drop tensors that they hold of earlier runs in eval mode, as they do when training begins.
+
+    Such as a table of attention biases that is gathered once: to a trace it would be a constant, and no parameter.
+    """
+    for module in model.modules():
+        held = [x for k, v in vars(module).items() if k not in _STORES for x in pytree.tree_leaves(v)]
+        if type(module).train is not nn.Module.train and any(isinstance(x, Tensor) for x in held):
+            modes = [(m, m.training) for m in module.modules()]
+            module.train()
+            module.eval()
+            for each, mode in modes:
+                each.training = mode
+
+
+_STORES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (dict, list, set, OrderedDict)
 
 
