@@ -112,7 +112,7 @@ def test_a_program_holds_the_operations_that_torch_gives_it(
         assert_equal(model, Inputs((x,), {}), mine, theirs)
 
 
-@pytest.mark.parametrize("case", PATTERNS[::5], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in PATTERNS if not c.data_dependent][::5], ids=lambda c: c.name)
 def test_every_pattern_holds_them_and_gives_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     model, args, kwargs = case.build()
     with torch.no_grad(), quiet():

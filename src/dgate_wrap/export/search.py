@@ -35,6 +35,9 @@ from .widths import Widths
 _WORTH = 0.98
 """Rewritten forwards are worth it if they leave at most this share of what the user's own code needs."""
 
+_MUCH = 2**30
+"""Modules are compared if the activations on the example take at most so many bytes; it takes several times that."""
+
 _SIZES = 4
 """At how many other sizes of the inputs constants are looked at, before a network counts as different."""
 
@@ -264,12 +267,18 @@ class _Search:
             certificate = self.verifier.check(
                 small, exact, plan.taken, computed=exact is small and self._computed(draft, widths)
             )
-            if exact is not small and not agreed:
+            if exact is not small and not agreed and self._activation_bytes <= _MUCH:
                 self._require_agreement(draft, widths)
         except ExportError as e:
             self._failed[id(e)] = e, cast(Mismatch, self.verifier.mismatch), exact, widths, plan
             raise
         return Found(small, exact, self.subject, widths, plan, certificate, frozen)
+
+    @property
+    def _activation_bytes(self) -> int:
+        """How much the activations on the example take."""
+        facts = self.subject.facts
+        return sum(v.nbytes for n in facts.varying if isinstance(v := facts.values.get(n), Tensor))
 
     def _require_agreement(self, draft: Draft, widths: Widths) -> None:
         """Require that every module gives what it should: of what code gets wrong, saturated outputs show nothing."""
