@@ -152,10 +152,14 @@ def capture(model: nn.Module, example_inputs: object, example_kwargs: Mapping[st
 @contextlib.contextmanager
 def _settings(model: nn.Module, inputs: Inputs) -> Generator[dict[str, Any]]:
     """Set a model and the process up for a trace; yield what the forward takes beside its inputs."""
-    process = (torch.no_grad(), quiet(), masks_as_given(), lstm_states())
-    with evaluating(model), without_cache(model, inputs) as extra, contextlib.ExitStack() as stack:
-        for setting in process:
-            stack.enter_context(setting)
+    with (
+        evaluating(model),
+        without_cache(model, inputs) as extra,
+        torch.no_grad(),
+        quiet(),
+        masks_as_given(),
+        lstm_states(),
+    ):
         yield extra
 
 
