@@ -74,6 +74,7 @@ def _lowered(given: Graph) -> Graph | None:
         if _writes(node.target) and not _write_out_of_place(node, seen):
             return None
         seen.add(node)
+    graph.eliminate_dead_code()  # views of what was there before
     _merge_numbers(graph)
     return graph
 
@@ -166,18 +167,51 @@ def _writes(op: Any) -> bool:
 def _write_out_of_place(node: Node, seen: set[Node]) -> bool:
     """Replace an operation that writes into its first operand by the one that returns the result.
 
-    That is the same if nothing else shares the operand's memory: neither what it was made from, nor a view of it.
+    That is possible if the operand has memory of its own. It may be a part of such a tensor, as in ``mask[:4] = 1``:
+    then the result is put into the tensor's place. Views of the tensor that are used later are taken again.
     """
     x, op = cast(Node, node.args[0]), _out_of_place(cast(OpOverload, node.target))
-    if op is None or not _is_new(x) or any(_may_alias(u.target) for u in x.users.keys() & seen):
+    parts = list[Node]()
+    while x.target in _PUT_BACK:
+        parts.append(x)
+        x = cast(Node, x.args[0])
+    if op is None or not _is_new(x):
         return False
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    old, new = x.meta["val"], op(*args, **kwargs)
+    old, new = cast(Node, node.args[0]).meta["val"], op(*args, **kwargs)
     if (old.shape, old.dtype) != (new.shape, new.dtype):
         return False
     node.target = op
-    x.replace_all_uses_with(node, lambda user: user is not node and user not in seen)
+    made, graph = [node], node.graph
+
+    def add(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: Node) -> Node:
+        with graph.inserting_after(made[-1]):
+            made.append(graph.call_function(target, args, kwargs))
+        made[-1].meta = {**node.meta, "val": like.meta["val"]}
+        return made[-1]
+
+    for part in parts:
+        whole, *at = part.args
+        add(_PUT_BACK[part.target], (whole, made[-1], *at), dict(part.kwargs), cast(Node, whole))
+    now = {x: made[-1]}
+
+    def again(view: Node) -> Node:
+        if view not in now:
+            whole, *how = view.args
+            now[view] = add(view.target, (again(cast(Node, whole)), *how), dict(view.kwargs), view)
+        return now[view]
+
+    stale = [(v, v) for v in (x, *_views(x)) if v in seen]
+    for held, view in [*stale, (node, parts[0] if parts else x)]:
+        if later := held.users.keys() - seen - {*made}:
+            fresh = again(view)
+            held.replace_all_uses_with(fresh, later.__contains__)
     return True
+
+
+def _views(node: Node) -> list[Node]:
+    """Return what shares, or may share, the memory of a tensor and was made from it."""
+    return [v for u in node.users if _may_alias(u.target) for v in (u, *_views(u))]
 
 
 def _out_of_place(op: OpOverload) -> OpOverload | None:
@@ -186,6 +220,13 @@ def _out_of_place(op: OpOverload) -> OpOverload | None:
     packet = getattr(_aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
     other = getattr(packet, op._overloadname, None)
     return other if written == op._schema.arguments[:1] and not _writes(other) else None
+
+
+_PUT_BACK: dict[Any, OpOverload] = {
+    _aten.slice.Tensor: _aten.slice_scatter.default,
+    _aten.select.int: _aten.select_scatter.default,
+}
+"""What puts a tensor in the place of a part of another, by the operation that takes the part."""
 
 
 def _is_new(node: Node) -> bool:
