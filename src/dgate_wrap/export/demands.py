@@ -139,8 +139,11 @@ def _(family: Movement, node: Node, w: Vectors) -> None:
         return
     if not w.follows(node):
         for n in everything:
-            w.keep_whole(n, w.says(node, "the sizes of this step are written in the code"))
+            w.keep_whole(n, w.written_down(node, "the sizes of this step are written in the code"))
         return
+    if op_name(node) in _WRITES:  # what is written over still has the shape of the result
+        for axis in range(len(w.keep[node])):
+            w.link(family.inputs[0], axis, node, axis)
     for n, out in product(family.inputs, results):
         if 0 in (*shape_of(n), *shape_of(out)):
             _link_empty(w, n, out)
@@ -181,7 +184,7 @@ def _move(
 @demand.register
 def _(family: Indexing, node: Node, w: Vectors) -> None:
     places = family.moved
-    if op_name(node) in ("gather", "scatter", "scatter_add"):  # an index for every element
+    if family.each:
         _demand_elementwise(w, family, node)
         return
     for n in family.indices:
@@ -205,6 +208,9 @@ def _(family: Indexing, node: Node, w: Vectors) -> None:
                     w.link(n, axis, node, axis)
     elif not all(w.full(n) for n in (*places, node)):
         _move(w, node, places, [node], broadcast=[n for n in places[1:] if math.prod(shape_of(n)) == 1])
+
+
+_WRITES = ("slice_scatter", "select_scatter", "copy")
 
 
 def _demand_elementwise(w: Vectors, family: Indexing, node: Node) -> None:

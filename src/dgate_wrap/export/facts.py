@@ -29,7 +29,7 @@ from ..tracing.families import (
     Ranking,
     Recurrence,
 )
-from ..tracing.operations import is_tensor, shape_of
+from ..tracing.operations import is_tensor, op_name, shape_of
 from .constants import Constants
 from .masks import along, any_of, fit, full_mask, is_any, on_axis, project, taps
 
@@ -280,15 +280,24 @@ class Facts(Constants):
     @_live.register
     def _(self, family: Indexing, node: Node, live: Any) -> None:
         chosen = any(n in self.varying for n in family.indices)
-        for n in family.indices:
-            self._mark(n, full_mask(self.values[n], True))
+        if not family.each:
+            for n in family.indices:
+                self._mark(n, full_mask(self.values[n], True))
+        elif family.source is None:
+            self._mark(family.indices[0], live)
         if family.adds:
             assert family.source is not None
             axis = family.axes[0]
             self._mark(family.x, live)
             wide = along(live, axis)
-            shape = [1 if a == axis else n for a, n in enumerate(shape_of(family.source))]
-            self._mark(family.source, fit(wide, tuple(shape)).expand(shape_of(family.source)))
+            for n in (family.source, *family.indices) if family.each else (family.source,):
+                shape = [1 if a == axis else size for a, size in enumerate(shape_of(n))]
+                part = any(
+                    size not in (1, whole) for size, whole in zip(shape, wide.shape, strict=True)
+                )  # at its start
+                mask = full_mask(self.values[n], True) if part else fit(wide, tuple(shape)).expand(shape_of(n))
+                nothing = op_name(node) == "scatter_add" and shape_of(n) == shape_of(family.source)
+                self._mark(n, mask & (self.possible(family.source) > 0) if nothing else mask)
             return
         places = [n for n in (family.x, family.source) if n is not None]
         if chosen and family.source is not None:

@@ -187,7 +187,8 @@ class Indexing(Barrier):
 
     ``source`` is ``None``, or what is written there (index_put). ``run`` applies the operation to stand-ins of x and
     the written tensor, given the values of the indices. ``same_axes`` tells that output axes lie where those of x do,
-    ``adds`` that what is written is added to what is there (index_add), which moves nothing.
+    ``adds`` that what is written is added to what is there (index_add), which moves nothing, and ``each`` that there is
+    an index for every element (gather, scatter).
     """
 
     x: Node
@@ -197,6 +198,7 @@ class Indexing(Barrier):
     source: Node | None = None
     same_axes: bool = True
     adds: bool = False
+    each: bool = False
 
     @property
     def moved(self) -> tuple[Node, ...]:

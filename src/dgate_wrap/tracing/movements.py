@@ -56,6 +56,10 @@ def _index(node: Node, varying: frozenset[Node]) -> Family | None:
     written = cast(Node, node.args[2]) if op_name(node) == "index_put" else None
     axes = tuple(i for i, n in enumerate(listed) if n is not None)
     indices = tuple(n for n in listed if n is not None)
+    if written is not None and argument(node, 3, "accumulate", False):  # as index_add, where it is that
+        plain = len(indices) == 1 and len(shape_of(indices[0])) == 1 and tensor_of(indices[0]).dtype == torch.int64
+        fits = plain and len(shape_of(written)) == len(shape_of(x))
+        return _indexing(node, x, axes, indices, written, adds=True) if fits else None
     masks = [n for n in indices if tensor_of(n).dtype in (torch.bool, torch.uint8) and len(shape_of(n)) > 1]
     if masks:
         over = tuple(range(axes[0], axes[0] + len(shape_of(masks[0]))))
@@ -66,7 +70,7 @@ def _index(node: Node, varying: frozenset[Node]) -> Family | None:
 
 def _choose(node: Node, varying: frozenset[Node]) -> Family | None:
     x, axis, index = cast("tuple[Node, int, Node]", node.args[:3])
-    return _indexing(node, x, (_axis(x, axis),), (index,))
+    return _indexing(node, x, (_axis(x, axis),), (index,), each=op_name(node) == "gather")
 
 
 def _repeat(node: Node, varying: frozenset[Node]) -> Family | None:
@@ -84,7 +88,8 @@ def _write(node: Node, varying: frozenset[Node]) -> Family | None:
     axes, indices = (_axis(x, axis),), (index,)
     if op_name(node) == "index_copy":
         return _indexing(node, x, axes, indices, written)
-    return _indexing(node, x, axes, indices, written, adds=True)
+    each = op_name(node) in ("scatter", "scatter_add")
+    return _indexing(node, x, axes, indices, written, adds=True, each=each)
 
 
 def _axis(x: Node, axis: int) -> int:
@@ -99,6 +104,7 @@ def _indexing(
     written: Node | None = None,
     same: bool = True,
     adds: bool = False,
+    each: bool = False,
 ) -> Indexing:
     parts = [n for n in (x, written) if n is not None]
     target = cast(Callable[..., Tensor], node.target)
@@ -108,7 +114,7 @@ def _indexing(
         args, kwargs = cast("tuple[Any, Any]", torch.fx.map_arg((node.args, node.kwargs), given.__getitem__))
         return target(*args, **kwargs)
 
-    return Indexing(tensor_inputs(node), x, axes, indices, run, written, same, adds)
+    return Indexing(tensor_inputs(node), x, axes, indices, run, written, same, adds, each)
 
 
 def _ranking(node: Node, varying: frozenset[Node]) -> Family | None:
