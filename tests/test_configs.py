@@ -165,8 +165,25 @@ def test_heads_that_are_dead_in_some_layers_only_go_beside_a_cache() -> None:
     assert torch.equal(small.generate(tokens, **options), model.generate(tokens, **options))
 
 
-def test_an_attention_whose_heads_are_all_dead_keeps_one_beside_a_cache() -> None:
+@pytest.mark.parametrize("name", ["olmo2", "gemma2"])
+def test_every_weight_of_a_layer_whose_attention_died_still_trains(name: str) -> None:
+    model, _, kwargs = build(name)
+    model.config.use_cache = True
+    dg.gate(model.eval(), "heads", example_inputs=kwargs)
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[:2] = 0
+    exported = dg.export(model, kwargs, latency=False)
+    small: Any = exported.model.train()
+    small(**kwargs)[0].square().mean().backward()
+    assert [n for n, p in small.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_attention_whose_heads_are_all_dead_keeps_one_beside_a_cache_and_takes_masks(masked: bool) -> None:
     model, _, kwargs = build("llama")
+    mask = torch.ones_like(kwargs["input_ids"])
+    mask[0, :2] = 0
+    kwargs = {"input_ids": kwargs["input_ids"], **({"attention_mask": mask} if masked else {})}
     model.config.use_cache = True
     dg.gate(model.eval(), "heads", example_inputs=kwargs)
     with torch.no_grad():
@@ -175,6 +192,11 @@ def test_an_attention_whose_heads_are_all_dead_keeps_one_beside_a_cache() -> Non
     small: Any = exported.model
     attention = [small.model.layers[i].self_attn for i in range(2)]
     assert [(a.q_proj.out_features, a.v_proj.out_features) for a in attention] == [(8, 8), (32, 16)]
+    assert [a.num_key_value_groups for a in attention] == [1, 2]
+    with torch.no_grad():
+        expected = model(input_ids=kwargs["input_ids"], attention_mask=mask).logits
+        found = small(input_ids=kwargs["input_ids"], attention_mask=mask).logits
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
     tokens = kwargs["input_ids"]
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     assert torch.equal(small.generate(tokens, **options), model.generate(tokens, **options))

@@ -171,6 +171,139 @@ def test_constants_cross_a_zero_padded_convolution_on_one_merged_channel() -> No
     torch.testing.assert_close(trunk(model, larger), trunk(result.model, larger))
 
 
+class Auxiliary(nn.Module):
+    """Has a second classifier in the middle, which works in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head, self.aux = nn.Linear(8, 2), nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(x).relu()
+        middle = self.second(x).relu()
+        y = self.head(self.third(middle).relu())
+        return (y, self.aux(middle)) if self.training else y
+
+
+def test_what_only_training_reads_stays_so_that_the_exported_network_trains() -> None:
+    model = dg.gate(Auxiliary(), dg.Select(names=["first.weight", "second.weight", "third.weight"], axis=0))
+    for layer in ("first", "second", "third"):
+        zero_groups(model, f"{layer}.weight", [0, 1, 2, 3])
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    result = dg.export(model.eval(), x)
+    small: Any = result.model
+    assert [getattr(small, n).out_features for n in ("first", "second", "third")] == [4, 8, 4]
+    assert any("code that the graph does not show reads it" in k.reason for k in result.report.kept)
+    for ours, theirs in zip(small.train()(x), model.train()(x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+class Causal(nn.Module):
+    """Pads by itself, as temporal networks that must not see the future do."""
+
+    def __init__(self, left: int, right: int) -> None:
+        super().__init__()
+        self.up, self.down, self.sides = nn.Conv1d(3, 12, 3), nn.Conv1d(12, 4, 3), (left, right)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.pad(self.up(x).tanh(), self.sides))
+
+
+@pytest.mark.parametrize("sides", [(2, 0), (1, 1), (0, 3)])
+def test_constants_cross_zeros_that_the_code_pads_with_on_one_merged_channel(sides: tuple[int, int]) -> None:
+    model = Causal(*sides)
+    randomize(model, torch.Generator().manual_seed(0))
+    dg.gate(model.double(), dg.Select(names="up.weight", axis=0))
+    zero_groups(model, "up.weight", [0, 2, 3, 7])
+    x = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(1)).double()
+    result = dg.export(model, x)
+    assert result.model.up.weight.shape[0] == 9
+    assert_equal(model, result.model, x, 1e-12)
+    assert_equal(model, result.model, x[..., :9], 1e-12)
+
+
+class Siamese(nn.Module):
+    """Compares two inputs by what one network makes of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 2)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        a, b = (self.down(self.up(x).tanh()) for x in (a, b))
+        return self.head(a * b)
+
+
+def test_constants_go_into_the_bias_of_a_layer_that_is_called_twice_where_both_calls_meet_them() -> None:
+    model = Siamese()
+    randomize(model, torch.Generator().manual_seed(0))
+    dg.gate(model.double(), dg.Select(names="up.weight", axis=0))
+    zero_groups(model, "up.weight", [1, 4, 5])
+    pair = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1)).double().unbind()
+    result = dg.export(model, pair)
+    assert result.model.up.weight.shape[0] == 5
+    assert result.report.rewritten == []
+    whole = dg.expand(result, Siamese().double())
+    with torch.no_grad():
+        for net in (result.model, whole):
+            torch.testing.assert_close(net(*pair), model(*pair), rtol=1e-12, atol=1e-12)
+
+
+class Shifted(Siamese):
+    """The same, but one of the two is shifted on its way, so that the calls meet other constants."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.head(self.down(self.up(a).tanh()) * self.down(self.up(b).tanh() + 1))
+
+
+def test_constants_that_two_calls_of_a_layer_meet_differently_are_added_by_each() -> None:
+    model = Shifted()
+    randomize(model, torch.Generator().manual_seed(0))
+    dg.gate(model.double(), dg.Select(names="up.weight", axis=0))
+    zero_groups(model, "up.weight", [1, 4, 5])
+    pair = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1)).double().unbind()
+    result = dg.export(model, pair)
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(*pair), model(*pair), rtol=1e-12, atol=1e-12)
+    assert result.model.up.weight.shape[0] == 5
+    with pytest.raises(dg.ExportError, match="expanded network differs"):  # no bias of it holds both
+        dg.expand(result, Shifted().double())
+
+
+SEGMENT_SUMS: dict[str, Any] = {
+    "index_add": lambda x, at, n: x.new_zeros(n, x.shape[1]).index_add(0, at, x),
+    "scatter_add": lambda x, at, n: x.new_zeros(n, x.shape[1]).scatter_add(0, at[:, None].expand_as(x), x),
+    "scatter_add_": lambda x, at, n: x.new_zeros(n, x.shape[1]).scatter_add_(0, at[:, None].expand(-1, x.shape[1]), x),
+    "index_put": lambda x, at, n: x.new_zeros(n, x.shape[1]).index_put((at,), x, accumulate=True),
+}
+
+
+class Messages(nn.Module):
+    """A graph network that sums what comes along the edges to each node."""
+
+    def __init__(self, gather: Any) -> None:
+        super().__init__()
+        self.edge, self.node, self.gather = nn.Linear(4, 8), nn.Linear(8, 3), gather
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        return self.node(self.gather(F.silu(self.edge(x[edges[0]])), edges[1], x.shape[0]))
+
+
+@pytest.mark.parametrize("name", SEGMENT_SUMS)
+def test_hidden_units_go_however_messages_are_summed(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = Messages(SEGMENT_SUMS[name])
+    randomize(model, generator)
+    x, edges = torch.randn(6, 4, generator=generator), torch.randint(0, 6, (2, 20), generator=generator)
+    dg.gate(model, "hidden", example_inputs=(x, edges))
+    zero_groups(model, "edge.weight", [0, 3, 4])
+    result = dg.export(model, (x, edges), latency=False)
+    assert result.report.removed == 3
+    for nodes, e in ((x, edges), (torch.cat([x, x]), edges[:, :7])):
+        torch.testing.assert_close(result.model(nodes, e), model(nodes, e), rtol=1e-5, atol=1e-6)
+
+
 def test_a_channel_that_one_branch_of_a_sum_needs_is_kept_and_the_reason_names_the_sum() -> None:
     model = dg.gate(random_residual(), "filters")
     zero_groups(model, "conv2.weight", [1, 2])

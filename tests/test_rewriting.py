@@ -151,6 +151,146 @@ def test_a_rewritten_forward_refuses_arguments_that_it_was_not_exported_with() -
         exported.model.attention(X, causal=False)
 
 
+class BesideLSTM(Block):
+    """An operation that fixes the number of tokens in a trace of the whole model."""
+
+    def __init__(self, attention: type[Attention]) -> None:
+        super().__init__(attention)
+        self.lstm = nn.LSTM(12, 12, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.lstm(x)[0])
+
+
+class BesideLoop(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        state, states = torch.zeros_like(x[:, 0]), list[Tensor]()
+        for t in range(x.shape[1]):
+            state = torch.tanh(state + x[:, t])
+            states.append(state)
+        return super().forward(torch.stack(states, 1))
+
+
+class BesideSearch(Block):
+    """An operation whose result has a size that depends on values, so that the model is recorded, not traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        at, kept = torch.where(x[..., 0] > 0), torch.zeros_like(x)
+        kept[at] = x[at]
+        return super().forward(x + kept)
+
+
+@pytest.mark.parametrize("block", [BesideLSTM, BesideLoop, BesideSearch])
+@pytest.mark.filterwarnings("ignore::dgate_wrap.errors.TraceWarning")
+def test_a_module_is_written_anew_alone_where_sizes_stay_open_in_it_only(block: type[Block]) -> None:
+    model = block(Attention)
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model, "heads", example_inputs=X)
+    [gates] = {t.gates for t in dg.gates.gated_tensors(model)}
+    with torch.no_grad():
+        gates.gamma[1] = 0
+    exported = dg.export(model.eval(), X, latency=False)
+    assert exported.report.removed == 1
+    assert exported.report.rewritten == ["attention"]
+    assert_equal(model, exported.model)
+
+
+class Assembled(RemembersHeads):
+    """Writes its queries part by part into a tensor that holds nothing before, as some attentions with latents do."""
+
+    def forward(self, x: Tensor, *, causal: bool = True) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4).unbind(0)
+        queries = x.new_empty(batch, self.heads, tokens, self.head_size)
+        queries[..., :2] = q[..., :2]
+        queries[..., 2:] = q[..., 2:] * 0.5
+        y = F.scaled_dot_product_attention(queries, k, v, is_causal=causal)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_size))
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2])
+def test_heads_go_whose_queries_are_written_into_an_empty_tensor(dead: int) -> None:
+    model = Block(Assembled)
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model, "heads", example_inputs=X)
+    [gates] = {t.gates for t in dg.gates.gated_tensors(model)}
+    with torch.no_grad():
+        gates.gamma[dead] = 0
+    exported = dg.export(model.eval(), X, latency=False)
+    assert exported.report.removed == 1
+    assert exported.plan.attributes == {"attention": {"heads": 2}}
+    assert_equal(model, exported.model)
+
+
+class Cell(nn.Module):
+    """A recurrent cell as it is often written, with the number of its units as an attribute."""
+
+    def __init__(self, features: int, units: int) -> None:
+        super().__init__()
+        self.units, self.gates = units, nn.Linear(features + units, 4 * units)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        h, c = state
+        i, f, o, g = self.gates(torch.cat([x, h], 1)).split(self.units, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+
+class Recurrent(nn.Module):
+    """Begins with zeros of a size that it reads off its cell, and goes on as long as its input is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = Cell(12, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = (torch.zeros(len(x), self.cell.units), x.new_zeros(len(x), self.cell.units))
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+        return self.head(state[0])
+
+
+def test_units_of_a_cell_go_with_the_number_that_it_remembers_and_with_the_zeros_that_others_make_of_it() -> None:
+    model = Recurrent()
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model, "rnn", example_inputs=X)
+    [gates] = {t.gates for t in dg.gates.gated_tensors(model)}
+    with torch.no_grad():
+        gates.gamma[[0, 2, 4]] = 0
+    exported = dg.export(model.eval(), X, latency=False)
+    assert exported.report.removed == 3
+    assert exported.report.rewritten == []
+    assert exported.plan.attributes == {"cell": {"units": 3}}
+    assert_equal(model, exported.model)
+
+
+class Turning(Attention):
+    """Does something else where there are many tokens, as windows that are shifted only where there are several."""
+
+    def forward(self, x: Tensor, *, causal: bool = True) -> Tensor:
+        return super().forward(x.roll(1, 1) if x.shape[1] > 8 else x, causal=causal)
+
+
+def test_code_that_does_other_things_at_other_sizes_is_written_anew_for_the_sizes_of_the_example_if_asked() -> None:
+    _, exported = without_a_head(Turning)
+    assert exported.report.removed == 0
+    assert all('see dynamic="batch"' in k.reason for k in exported.report.kept)
+    model, exported = without_a_head(Turning, dynamic="batch")
+    assert exported.report.removed == 1
+    assert exported.report.rewritten == ["attention"]
+    assert exported.report.certificate.dynamic == "batch"
+    assert {tuple(s[1:]) for p in exported.report.certificate.probes for s in p.shapes} == {X.shape[1:]}
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 5, 12, generator=torch.Generator().manual_seed(batch))
+        assert torch.allclose(model(x), exported.model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_which_sizes_vary_is_one_of_two() -> None:
+    with pytest.raises(dg.ExportError, match="dynamic is 'sequence'") as refused:
+        without_a_head(Attention, dynamic="sequence")
+    assert '"batch"' in str(refused.value)
+
+
 def test_code_that_remembers_its_sizes_gets_other_integers() -> None:
     model, exported = without_a_head(RemembersHeads)
     small = exported.model.attention

@@ -69,7 +69,8 @@ def test_the_certificate_says_what_was_compared_and_what_was_removed(tmp_path: P
     assert [[2, 6, 4]] in shapes
     assert [[2, 2, 4]] in shapes
     assert shapes[-2:] == [[[3, 7, 4]], [[3, 7, 4]]]
-    assert [p.shapes for p in certificate.skipped] == [[[2, 5, 5]], [[2, 5, 2]]]
+    assert [[2, 21, 4]] in shapes  # a much longer sequence
+    assert [p.shapes for p in certificate.skipped] == [[[2, 5, 5]], [[2, 5, 2]], [[2, 5, 17]]]
     assert all("refuses" in p.skipped for p in certificate.skipped)
     assert certificate.max_error["float64"] <= certificate.tolerance["float64"] == 1e-10
     assert all(set(p.errors) == {"float64", "own precision"} for p in certificate.probes)
@@ -91,6 +92,89 @@ def no_retreat(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_retreat")
+class Counting(Encoder):
+    """Counts its calls, in a buffer and in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(1)
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_no_run_of_an_export_moves_the_state_of_either_model() -> None:
+    model: Any = gated(Counting())
+    before = model.seen.clone()
+    small: Any = dg.export(model, TOKENS).model
+    for m in (model, small):
+        assert (m.seen, m.calls) == (before, 0)
+
+
+class Flattening(nn.Module):
+    """Writes down how many features an image has, so that four images of 3 × 3 places seem to be three of 4 × 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up, self.head = nn.Conv2d(1, 8, 3), nn.Linear(8 * 9, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(self.conv(x).relu().view(-1, 8 * 9)).relu())
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4])
+def test_sizes_that_only_seem_to_fit_do_not_count(batch: int) -> None:
+    model = Flattening()
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model, "filters")
+    [gate] = dg.gates.gated_tensors(model)
+    with torch.no_grad():
+        gate.gates.gamma[[1, 2, 5]] = 0
+    x = torch.randn(batch, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.removed == 3
+    mixing = [p.shapes for p in exported.report.certificate.skipped if "mixes" in p.skipped]
+    assert mixing == ([[[3, 1, 6, 5]], [[3, 1, 5, 6]]] if batch == 3 else [])
+
+
+class Alternating(Encoder):
+    """Does something else at every second call."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * (1 + self.calls % 2)
+
+
+def test_a_model_that_answers_otherwise_at_the_next_call_is_refused() -> None:
+    with pytest.raises(dg.ExportError, match="differs from run to run"):
+        dg.export(gated(Alternating()), TOKENS, latency=False)
+
+
+class Long(Encoder):
+    """Takes another way for long sequences, which no trace of a short one shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(self.embed(x).tanh()).sigmoid()
+        return self.head((self.down(h) if x.shape[1] < 10 else self.other(h)).mean(1))
+
+
+def test_a_way_that_only_long_sequences_take_keeps_what_it_needs() -> None:
+    model = gated(Long())
+    small = dg.export(model, TOKENS, latency=False).model
+    longer = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(3))
+    for x in (TOKENS, longer):
+        assert torch.allclose(model(x), small(x), rtol=1e-5, atol=1e-6)
+
+
 def test_a_wrong_fold_is_caught_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     constant = plan.folded_constant
     monkeypatch.setattr(plan, "folded_constant", lambda *args: 1.01 * constant(*args))

@@ -191,7 +191,7 @@ def count_flops(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
     # detached: the counter's hooks fail on views of parameters that are made without autograd
     detached = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
-    with evaluating(model), unchanged(model), torch.no_grad(), unfused(), counter:
+    with evaluating(model), unchanged(model, buffers=True), torch.no_grad(), unfused(), counter:
         given = inputs.map(Tensor.clone)
         torch.func.functional_call(model, detached, given.args, given.kwargs)
     root = type(model).__name__

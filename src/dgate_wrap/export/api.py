@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class Exported:
         signature: Shapes and dtypes of the original model's parameters and buffers.
         dropped: On the CPU, the parameters and buffers of dead branches that the smaller network does without; `expand`
             needs them.
+        example: What it was exported on, which `expand` compares on.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class Exported:
     report: Report
     signature: dict[str, tuple[tuple[int, ...], str]]
     dropped: dict[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
+    example: Inputs | None = field(default=None, repr=False)
 
 
 def signature(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -71,6 +73,7 @@ def export(
     latency: bool = True,
     rewrite: bool = True,
     select_inputs: bool = True,
+    dynamic: Literal["all", "batch"] = "all",
 ) -> Exported:
     """Make a smaller dense network from a gated model, and prove it equal before handing it over.
 
@@ -98,6 +101,9 @@ def export(
             smaller tensors and much would have to stay otherwise.
         select_inputs: Whether the smaller model still takes whole inputs and selects the features that it needs itself;
             otherwise it takes only those, which ``report.inputs`` names.
+        dynamic: Which sizes of the inputs may be others than in the example, wherever the given model lets them vary:
+            ``"all"``, or that of the ``"batch"`` alone (the first axis). Where a forward does other things at other
+            image sizes, such as to shift windows or not, it can be written anew for one image size only.
 
     Returns:
         `Exported`: ``.model``, ``.plan`` and ``.report``.
@@ -106,8 +112,9 @@ def export(
         NotGatedError: If the model holds no gates.
         PruneError: If tol is negative or not finite.
         TraceError: If example inputs are missing or do not fit, or the model cannot be traced.
-        ExportError: If the pruned model's output no longer depends on its input, is not finite on the example or on one
-            of the batches, or no smaller network was found equal; it names the first module that differs.
+        ExportError: If ``dynamic`` is neither, if the pruned model's output no longer depends on its input, is not
+            finite on the example or on one of the batches, or if no smaller network was found equal; it names the first
+            module that differs.
 
     Example:
         >>> import dgate_wrap as dg
@@ -118,6 +125,12 @@ def export(
         Linear(in_features=4, out_features=4, bias=True)
     """
     require_gated(model, "cannot export")
+    if dynamic not in ("all", "batch"):
+        raise ExportError(
+            f"dynamic is {dynamic!r}.",
+            expected='"all" sizes of the inputs, or that of the "batch" alone',
+            mend='leave it out, or pass dynamic="batch"',
+        )
     inputs = normalize_inputs(example_inputs, example_kwargs)
     clock = _Clock()
     with torch.no_grad():
@@ -131,7 +144,8 @@ def export(
             dense = ungate(pruned)
         subject, doubled, given, why = _analyse(dense, inputs, clock)
         _require_varying_output(subject.facts, pruning)
-        verifier = Verifier(dense, doubled, inputs, why, given, one_by_one=weight_bytes(dense) > _LARGE)
+        large = weight_bytes(dense) > _LARGE
+        verifier = Verifier(dense, doubled, inputs, why, given, one_by_one=large, dynamic=dynamic)
         options = {"rewrite": rewrite, "select_inputs": select_inputs}
         with clock("analysis"):
             orders = find_orders(subject.model, subject.facts, verifier)
@@ -151,7 +165,8 @@ def export(
     for name, module in found.small.named_modules():
         module.training = model.get_submodule(name).training
     report = replace(report, seconds=clock.seconds)
-    return Exported(found.small, _with_orders(found.plan, orders), report, signature(dense), _dropped(dense, found))
+    plan = _with_orders(found.plan, orders)
+    return Exported(found.small, plan, report, signature(dense), _dropped(dense, found), inputs)
 
 
 def _dropped(dense: nn.Module, found: Found) -> dict[str, Tensor]:
@@ -300,6 +315,8 @@ def _report(
     nodes = {s.name: n for n, s in widths.facts.trace.sources.items() if s.kind == "parameter"}
     removed = start = 0
     kept: list[Kept] = []
+    hint = '; its new forward would hold at the example\'s sizes only: see dynamic="batch"' if found.by_batch else ""
+    texts = [f"{text}{hint}" if i in widths.written else text for i, text in enumerate(widths.reasons)]
     for gates, members in labels:
         stays = torch.zeros_like(dead[id(gates)])
         for name, index in members:
@@ -312,8 +329,9 @@ def _report(
             if index.numel() == 1:  # one group is the whole tensor
                 number = widths.reason("a single number has no axis along which to cut")
                 why.fill_(max((int(v.max()) for v in vectors), default=number))
+                texts += widths.reasons[len(texts) :]
             mask = _stays(plan.cuts.get(name), index)
-            part, reasons = find_kept(name, index, mask, dead[id(gates)], why, widths.reasons, start)
+            part, reasons = find_kept(name, index, mask, dead[id(gates)], why, texts, start)
             stays |= part
             kept += reasons
         removed += int((dead[id(gates)] & ~stays).sum())

@@ -12,12 +12,19 @@ from torch import Tensor, nn
 
 from ..tracing import Inputs
 from ..tracing.settings import evaluating, same_random_numbers, unchanged
+from .padding import padded
 from .recipes import plain_signature, says_no
 from .verify import run
 
+MASK = "mask"
+"""What a model can do that can be given a mask."""
+
 
 def cached_uses(model: nn.Module, inputs: Inputs) -> set[str]:
-    """Return what a model can do that has a key-value cache, turned on as users have it: be called, and generate."""
+    """Return what a model can do that has a key-value cache, turned on as users have it: be called, and generate.
+
+    And whether it can be given an attention mask, where the inputs have none.
+    """
     given = inputs.map(Tensor.clone)
     uses: dict[str, Any] = {
         "call": lambda: inputs.call(model),
@@ -25,8 +32,11 @@ def cached_uses(model: nn.Module, inputs: Inputs) -> set[str]:
             *given.args[:1], **given.kwargs, max_new_tokens=2, do_sample=False
         ),
     }
+    if (masked := padded(model, inputs)) is not None:
+        uses[MASK] = lambda: masked.call(model)
     found: set[str] = set()
-    with evaluating(model), torch.no_grad(), same_random_numbers(model), unchanged(model), warnings.catch_warnings():
+    undo, quiet = unchanged(model, buffers=True), warnings.catch_warnings()
+    with evaluating(model), torch.no_grad(), same_random_numbers(model), undo, quiet:
         warnings.simplefilter("ignore")
         for name, use in uses.items():
             with contextlib.suppress(Exception):

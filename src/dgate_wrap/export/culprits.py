@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from ..errors import DGateError
 from ..tracing import Inputs, Trace, capture
 from ..tracing.inputs import without_cache
 from ..tracing.origins import operation
-from ..tracing.settings import evaluating, unfused
+from ..tracing.settings import evaluating, same_random_numbers, unfused
 from .constants import rounding
 from .cuts import Cut, cut_axes
 from .recipes import bind, plain_signature
@@ -130,6 +131,20 @@ def record_calls(model: nn.Module, inputs: Inputs, elsewhere: Iterable[Inputs] =
     return calls
 
 
+def calls_in_training(model: nn.Module, inputs: Inputs) -> list[Call]:
+    """Return the outermost calls that a model makes in training only, such as of an auxiliary classifier.
+
+    The modules with code of their own are told that they train, and torch's layers are not, so that values stay the
+    same; what draws random numbers gives others.
+    """
+    usual, calls, open_calls = {c.path for c in record_calls(model, inputs)}, list[Call](), list[Begun]()
+    with _watching(model, inputs, calls, open_calls) as extra, same_random_numbers(model):
+        for module in model.modules():
+            module.training = not type(module).__module__.startswith("torch.nn.")
+        inputs.call(model, **extra)
+    return [c for c in calls if c.path not in usual and all(b.path in usual for b in c.chain[:-1])]
+
+
 def _numbers(call: Call) -> dict[int, int]:
     """Return the whole numbers among the leaves of a call's arguments, by their places."""
     return {at: x for at, x in enumerate(pytree.tree_leaves(call.arguments)) if type(x) is int}
@@ -157,6 +172,20 @@ def find_culprit(model: nn.Module, inputs: Inputs, expected: Expected) -> Culpri
         if not expected.agrees(call):
             return _blamed(model, call.chain, done, expected)
     return None if failed is None else _blamed(model, failed, len(calls), expected)
+
+
+def failing(model: nn.Module, inputs: Inputs) -> tuple[str, int] | None:
+    """Return the module in whose own code a run fails, and how many calls had ended well; ``None`` if it does not."""
+    calls: list[Call] = []
+    open_calls: list[Begun] = []
+    try:
+        with _watching(model, inputs, calls, open_calls) as extra:
+            inputs.call(model, **extra)
+    except DGateError:  # a refusal in words
+        return None
+    except Exception:
+        return (_with_code(model, open_calls[-1].path) if open_calls else ""), len(calls)
+    return None
 
 
 def _blamed(model: nn.Module, chain: tuple[Begun, ...], done: int, expected: Expected) -> Culprit:

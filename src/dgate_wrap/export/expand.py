@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import ExportError
-from ..tracing import normalize_inputs
+from ..tracing import Inputs, normalize_inputs
 from ..tracing.capture import all_tensors
 from .api import Exported
 from .cuts import Cut
@@ -49,15 +49,17 @@ def expand(
     Args:
         exported: What `export` returned; its model may have been trained since.
         model: A freshly built model with the shapes that the original had before gating; changed in place.
-        example_inputs: If given, the outputs of both are compared on them: a tensor, a tuple of positional inputs, or a
-            dict of keyword inputs. Whole inputs, also if the exported network takes reduced ones.
+        example_inputs: What the outputs of both are compared on, if not on what was exported on: a tensor, a tuple of
+            positional inputs, or a dict of keyword inputs. Whole inputs, also if the exported network takes reduced
+            ones.
         example_kwargs: Keyword inputs beside positional ones.
 
     Returns:
         The model.
 
     Raises:
-        ExportError: If the model is not of the original's shapes, or the outputs on the example inputs differ.
+        ExportError: If the model is not of the original's shapes, or the outputs on the example inputs differ: what a
+            rewritten forward holds as constants, the code of its class may have no parameter for.
 
     Example:
         >>> import dgate_wrap as dg
@@ -102,8 +104,10 @@ def expand(
     small_modules = dict(small.named_modules())
     for path, module in model.named_modules():
         module.training = small_modules[path].training if path in small_modules else small.training
-    if example_inputs is not None or example_kwargs is not None:
-        _compare(exported, model, example_inputs, example_kwargs)
+    given = example_inputs is not None or example_kwargs is not None
+    example = normalize_inputs(example_inputs, example_kwargs) if given else exported.example
+    if example is not None:
+        _compare(exported, model, example)
     return model
 
 
@@ -167,15 +171,20 @@ def _put(model: nn.Module, old: Tensor, names: list[str], value: Tensor) -> None
         model.get_submodule(owner)._buffers[leaf] = value
 
 
-def _compare(exported: Exported, model: nn.Module, example_inputs: object, example_kwargs: Any) -> None:
-    inputs = normalize_inputs(example_inputs, example_kwargs)
-    plan = exported.plan
-    taken = reduced(inputs, exported.model, plan.taken)
+def _compare(exported: Exported, model: nn.Module, example: Inputs) -> None:
+    home = next((p for p in exported.model.parameters() if p.is_floating_point()), torch.empty(()))
+
+    def there(x: Tensor) -> Tensor:
+        return x.to(home) if x.is_floating_point() else x.to(home.device)
+
+    inputs = example.map(there)
+    taken = reduced(inputs, exported.model, exported.plan.taken)
     error = relative_error(run(exported.model, taken), run(model, inputs))
     width = min((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), default=4)
     if error > {8: 1e-10, 4: 1e-5}.get(width, 5e-2):
         raise ExportError(
             f"the expanded network differs from the exported one by {error:.2e} of the largest output.",
             expected="equal outputs on the example inputs",
-            mend="report the model; dg.export(..., rewrite=False) keeps more of its own code",
+            mend="dg.export(..., rewrite=False): a rewritten forward may hold constants for which the code of its "
+            "class has no parameter",
         )

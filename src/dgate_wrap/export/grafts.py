@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
+from ..tracing import Inputs, Trace
 from ..tracing.capture import all_tensors
 from ..tracing.origins import owners
-from ..tracing.symbolic import Symbolic
+from ..tracing.symbolic import Symbolic, capture_part
 from .culprits import Call, same_value
 from .dead import Branch
 from .plan import Draft, Permissions, Plan
-from .recipes import Recipe, Sized, UndescribableError, describe_graph, describe_tree, without_unread
+from .recipes import (
+    Recipe,
+    Sized,
+    UndescribableError,
+    describe_graph,
+    describe_tree,
+    plain_signature,
+    unbind,
+    without_unread,
+)
 from .regraph import Layer, Part, Rewriter
 from .steps import UnwritableError
 from .widths import Widths
@@ -27,6 +37,39 @@ _LAYERS = (
     *(nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),
 )
 """Layers that a rewritten forward calls, so that hooks, quantization, adapters and gates find them."""
+
+
+class Parts:
+    """The graphs of modules that are traced alone, where no graph of the whole model leaves its sizes open."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._known: dict[tuple[str, int], Symbolic | None] = {}
+
+    def of(self, path: str, call: Call, i: int, trace: Trace) -> Symbolic:
+        """Return the graph of a module as it is called for the i-th time.
+
+        Raises:
+            UnwritableError: If there is none.
+        """
+        if (path, i) not in self._known:
+            inputs = Inputs(*unbind(plain_signature(self._model.get_submodule(path)), call.arguments))
+            span = list(spans(trace.graph_module.graph).get(path, {}).values())[i]
+            steps = [n for n in span if n.op == "call_function"]
+            self._known[path, i] = capture_part(self._model, path, inputs, trace, steps) if path else None
+        found = self._known[path, i]
+        if found is None:
+            raise UnwritableError(f"{path or 'the model'} cannot be traced with open sizes, alone either")
+        return found
+
+
+def spans(graph: Graph) -> dict[str, dict[str, list[Node]]]:
+    """Return, per module, the nodes of each of its calls."""
+    found: dict[str, dict[str, list[Node]]] = {}
+    for node in graph.nodes:
+        for call, path in owners(node).items() if node.meta.get("val") is not None else ():
+            found.setdefault(path, {}).setdefault(call, []).append(node)
+    return found
 
 
 class Grafts:
@@ -40,6 +83,7 @@ class Grafts:
         permissions: What may be changed.
         calls: Every call of its modules on the inputs of the trace.
         spared: Modules whose own code stays.
+        parts: Graphs of modules alone to write them from, in place of that of the whole model.
     """
 
     def __init__(
@@ -51,19 +95,17 @@ class Grafts:
         permissions: Permissions,
         calls: list[Call],
         spared: Collection[str] = (),
+        parts: Parts | None = None,
     ) -> None:
-        self.model, self.symbolic, self.calls, self.spared = model, symbolic, calls, spared
+        self.model, self.symbolic, self.calls, self.spared, self._parts = model, symbolic, calls, spared, parts
         self.facts, self._widths = widths.facts, widths
         self._modules = dict(model.named_modules())
         self._first = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
-        layers = {n: self._layer(m) for n, m in self._modules.items() if _is_stock(m)}
-        self._rewriter = Rewriter(symbolic, widths, permissions, layers)
+        self._layers = {n: self._layer(m) for n, m in self._modules.items() if _is_stock(m)}
+        self._permissions = permissions
+        self._rewriter = Rewriter(symbolic, widths, permissions, self._layers)
         self._new_biases = plan.new_biases
-        self._spans: dict[str, dict[str, list[Node]]] = {}
-        """Per module, the nodes of each of its calls."""
-        for node in symbolic.graph.nodes:
-            for call, path in owners(node).items() if node.meta.get("val") is not None else ():
-                self._spans.setdefault(path, {}).setdefault(call, []).append(node)
+        self._spans = spans(symbolic.graph)
 
     def _layer(self, module: nn.Module) -> Layer:
         return Layer(module, frozenset(self._first[id(t)] for _, t in all_tensors(module)))
@@ -92,7 +134,12 @@ class Grafts:
         return draft
 
     def without(self, draft: Draft, branches: Iterable[Branch]) -> Draft:
-        """Leave dead branches out: of the module in which they meet something alive, or each for the constant it is."""
+        """Leave dead branches out: of the module in which they meet something alive, or each for the constant it is.
+
+        What follows a branch that stays, as its code does, stays too: nothing would train the branch without it.
+        """
+        branches = list(branches)
+        staying = {p.rpartition(".")[0] for b in branches for p in b.paths if p in self.spared}
         for branch in branches:
             if branch.meets is not None and not draft.covers(branch.meets):
                 try:
@@ -100,7 +147,7 @@ class Grafts:
                     continue
                 except UnwritableError:
                     pass
-            for path in (p for p in branch.paths if not draft.covers(p)):
+            for path in (p for p in branch.paths if not draft.covers(p) and p.rpartition(".")[0] not in staying):
                 with contextlib.suppress(UnwritableError):
                     draft = draft.grafted(path, *self.write(path))
         return draft
@@ -122,11 +169,12 @@ class Grafts:
         if path in self.spared:
             raise UnwritableError(f"{path or 'the model'} is given a cache, which its new forward would not take")
         found = [c for c in self.calls if c.path == path]
-        spans = list(self._spans.get(path, {}).values())
-        if not found or len(found) != len(spans):
-            raise UnwritableError(f"{path or 'the model'} is called {len(found)} times, and traced {len(spans)} times")
+        traced = list(self._spans.get(path, {}).values())
+        if not found or len(found) != len(traced):
+            raise UnwritableError(f"{path or 'the model'} is called {len(found)} times, and traced {len(traced)} times")
+        calls = list(enumerate(zip(found, traced, strict=True)))
         try:
-            written = [self._write(path, call, nodes) for call, nodes in zip(found, spans, strict=True)]
+            written = [self._write(path, call, *self._graph(path, call, i, nodes)) for i, (call, nodes) in calls]
         except UndescribableError as e:
             raise UnwritableError(f"{path or 'the model'} takes or returns {e}") from e
         recipe, constants = written[0]
@@ -135,8 +183,16 @@ class Grafts:
             raise UnwritableError(f"{path or 'the model'} is called several times, and not in the same way")
         return recipe, constants
 
-    def _write(self, path: str, call: Call, nodes: list[Node]) -> tuple[Recipe, dict[str, Tensor]]:
-        inside = set(nodes)
+    def _graph(self, path: str, call: Call, i: int, nodes: list[Node]) -> tuple[Rewriter, list[Node]]:
+        """Return what writes a call of a module, and its nodes."""
+        if self._parts is None:
+            return self._rewriter, nodes
+        alone = self._parts.of(path, call, i, self.facts.trace)
+        [nodes] = spans(alone.graph)[path].values()
+        return Rewriter(alone, self._widths, self._permissions, self._layers), nodes
+
+    def _write(self, path: str, call: Call, rewriter: Rewriter, nodes: list[Node]) -> tuple[Recipe, dict[str, Tensor]]:
+        twins, inside = rewriter.symbolic.twins, set(nodes)
         given: list[Tensor] = []
         leaves, form = pytree.tree_flatten(call.arguments)
         tensors, places = sum(isinstance(x, Tensor) for x in leaves), sorted(call.sized)
@@ -146,13 +202,13 @@ class Grafts:
         arguments = pytree.tree_unflatten(leaves, form)
         takes = {"dict": {n: describe_tree(v, given) for n, v in arguments.items()}}
         read = {n for node in nodes for n in node.all_input_nodes if n not in inside}
-        inputs = [self._given(x, read, self._names(path)) for x in given]
+        inputs = [self._given(x, read, self._names(path), twins) for x in given]
         candidates = [*reversed(nodes), *(n for same in inputs for n in same)]
         outputs: list[Node] = []
 
         def find(x: Any) -> Any:
             """Return a result, or ``None`` in place of one that no code of the model reads: its graph has none."""
-            node = self._returned(x, candidates) if isinstance(x, Tensor) else None
+            node = self._returned(x, candidates, twins) if isinstance(x, Tensor) else None
             if node is None and isinstance(x, Tensor):
                 if not path:
                     raise UnwritableError("the model returns a tensor that it does not compute")
@@ -161,7 +217,7 @@ class Grafts:
             return x
 
         gives = describe_tree(pytree.tree_map(find, call.result), [])
-        part: Part = self._rewriter.write(nodes, inputs, outputs, self._names(path), numbers)
+        part: Part = rewriter.write(nodes, inputs, outputs, self._names(path), numbers)
         placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
         takes = without_unread(takes, {i for i, n in enumerate(placeholders[: len(inputs)]) if n.users})
         shapes = {n: list(t.shape) for n, t in part.constants.items()}
@@ -182,21 +238,21 @@ class Grafts:
         emptied = {n.rpartition(".")[0] for n in names} - left - {""}
         return [n for n in stays if not stays[n] and (n in names or n.rpartition(".")[0] in emptied)]
 
-    def _given(self, x: Tensor, read: set[Node], own: Collection[str]) -> list[Node]:
+    def _given(self, x: Tensor, read: set[Node], own: Collection[str], twins: Mapping[Node, Node]) -> list[Node]:
         """Return the nodes that a module reads from outside and that have the value of an argument."""
-        same = [n for n in self.symbolic.twins if self._may_be_given(n, own) and self._has(n, x)]
+        same = [n for n, twin in twins.items() if self._may_be_given(twin, own) and self._has(twin, x)]
         return [n for n in same if n in read] or same[:1]
 
-    def _may_be_given(self, node: Node, own: Collection[str]) -> bool:
+    def _may_be_given(self, twin: Node, own: Collection[str]) -> bool:
         """Tell whether a node may be an argument of a module: not a constant, or a tensor of its own."""
-        source = self.facts.trace.sources.get(self.symbolic.twins[node])
+        source = self.facts.trace.sources.get(twin)
         return source is None or source.kind == "input" or (source.kind != "constant" and source.name not in own)
 
-    def _returned(self, x: Tensor, candidates: list[Node]) -> Node | None:
-        return next((n for n in candidates if n in self.symbolic.twins and self._has(n, x)), None)
+    def _returned(self, x: Tensor, candidates: list[Node], twins: Mapping[Node, Node]) -> Node | None:
+        return next((n for n in candidates if n in twins and self._has(twins[n], x)), None)
 
-    def _has(self, node: Node, x: Tensor) -> bool:
-        value = self.facts.values.get(self.symbolic.twins[node])
+    def _has(self, twin: Node, x: Tensor) -> bool:
+        value = self.facts.values.get(twin)
         return isinstance(value, Tensor) and same_value(value, x)
 
     def _names(self, path: str) -> dict[str, str]:

@@ -63,6 +63,18 @@ class Integers:
                     if names is own or any("." in n for n in chosen):
                         for values in product(*(found[n] for n in chosen)):
                             yield self._patch(path, alike, dict(zip(chosen, values, strict=True)))
+        yield from self._patches_inside(path)
+
+    def _patches_inside(self, path: str) -> Iterator[Patch]:
+        """Yield the patch of the modules inside of one, whose integers its code may read: what can be one size only."""
+        patch: Patch = {}
+        for inner in (p for p in self._modules if p != path and f"{p}.".startswith(f"{path}." if path else "")):
+            if not type(self._modules[inner]).__module__.startswith("torch.nn."):
+                for name, values in self._candidates(inner).items():
+                    if len(values) == 1:
+                        patch.setdefault(name, {})[inner] = values[0]
+        if patch:
+            yield patch
 
     @staticmethod
     def _patch(path: str, alike: dict[str, dict[str, list[int]]], chosen: dict[str, int]) -> Patch:

@@ -23,7 +23,7 @@ from .recipes import Recipe, Rewritten
 from .scatter import Scatter, filled_name, find_scatters
 from .selection import SelectInputs
 from .vectors import Columns
-from .widths import Widths
+from .widths import Fold, Widths
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class Permissions:
     """What the user's own modules allow: which weights and biases may be changed, and which groups renumbered.
 
     A tensor that is read in several places is left as it is, since what is folded at one place would be wrong at
-    the others.
+    the others; of a layer that is called several times, unless the same is folded everywhere.
     """
 
     def __init__(self, model: nn.Module, trace: Trace, families: Mapping[Node, Any]) -> None:
@@ -242,9 +242,18 @@ class Permissions:
                 self.owners.setdefault(id(p), []).append((prefix, module))
 
     def _free_parameter(self, node: Node | None) -> bool:
-        """Tell whether a node is a parameter that one operation alone reads."""
+        """Tell whether a node is a parameter that one operation alone reads, or one layer."""
         source = self._sources.get(node) if node is not None else None
-        return source is not None and node is not None and source.kind == "parameter" and len(node.users) == 1
+        return source is not None and node is not None and source.kind == "parameter" and self._of_one_layer(node)
+
+    def _of_one_layer(self, node: Node) -> bool:
+        """Tell whether a parameter is read once, or by contractions with the same weight and bias."""
+        families = [self._families.get(u) for u in node.users]
+        if len(families) == 1:
+            return True
+        calls = [f for f in families if isinstance(f, Contraction)]
+        held = {(f.weight, f.bias) for f in calls}
+        return len(calls) == len(families) and len(held) == 1 and node in next(iter(held))
 
     def _owner(self, node: Node) -> tuple[str, nn.Module] | None:
         """Return the one stock layer whose ``weight`` a node is."""
@@ -263,7 +272,7 @@ class Permissions:
             return None
         held = self._owner(family.weight)
         missing = held is not None and cast(Any, held[1]).bias is None
-        return held[0] if held is not None and missing and len(family.weight.users) == 1 else None
+        return held[0] if held is not None and missing and self._of_one_layer(family.weight) else None
 
     def can_bias(self, node: Node) -> bool:
         """Tell whether the biases of what reads an activation may be changed, or made."""
@@ -430,17 +439,21 @@ def _fold(widths: Widths, permissions: Permissions, state: dict[str, Tensor]) ->
     facts = widths.facts
     changed: set[str] = set()
     new_biases: list[str] = []
+    done: set[Node] = set()
     for weight, more in widths.merged.values():
         name = facts.trace.sources[weight].name
         state[name] = state[name] + more.to(state[name].dtype)
         changed.add(name)
     for node, fold, family in ((n, f, m) for n, f in widths.folds.items() for m in widths.maps(n)):
+        if family.weight in done:  # of a layer that is called several times
+            continue
+        done.add(family.weight)
         if fold.carrier is not None:
             weight = facts.trace.sources[family.weight].name
-            state[weight] = _carried(family, state[weight], fold.values, fold.carrier, facts.values[family.x])
+            state[weight] = _carried(family, state[weight], fold, facts.values[family.x])
             changed.add(weight)
             continue
-        if not permissions.can_bias(node):  # left to the forward around it, which is written anew
+        if not widths.allowed.can_bias(node):  # left to the forward around it, which is written anew
             continue
         bias = facts.trace.sources[family.bias].name if family.bias is not None else None
         if bias is None:
@@ -479,10 +492,10 @@ def folded_constant(family: Contraction, weight: Tensor, x: Tensor, values: Tens
     return torch.einsum("goi,gi->go", blocks, values.view(family.groups, -1)).flatten().to(x.dtype)
 
 
-def _carried(family: Contraction, weight: Tensor, values: Tensor, carrier: int, x: Tensor) -> Tensor:
+def _carried(family: Contraction, weight: Tensor, fold: Fold, x: Tensor) -> Tensor:
     """Add the weights of constant channels, in proportion, to those of the channel that carries them."""
-    value = x.double().movedim(family.x_axis, 0)[carrier].flatten()[0]
+    value = x.double().movedim(family.x_axis, 0)[fold.carrier].flatten()[fold.at]
     columns = weight.double().movedim(family.w_in, 0).clone()
-    share = (values / value).view(-1, *[1] * (columns.dim() - 1))
-    columns[carrier] += (columns * share).sum(0)
+    share = (fold.values / value).view(-1, *[1] * (columns.dim() - 1))
+    columns[fold.carrier] += (columns * share).sum(0)
     return columns.movedim(0, family.w_in).to(weight.dtype)

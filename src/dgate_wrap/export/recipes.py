@@ -441,6 +441,22 @@ def bind(signature: list[tuple[str, int, Any]], args: tuple[Any, ...], kwargs: d
     return found
 
 
+def unbind(signature: list[tuple[str, int, Any]], found: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments of those that `bind` found."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for name, kind, _ in (p for p in signature if p[0] in found):
+        if kind == inspect.Parameter.VAR_POSITIONAL:
+            args.extend(found[name])
+        elif kind == inspect.Parameter.VAR_KEYWORD:
+            kwargs.update(found[name])
+        elif kind == inspect.Parameter.KEYWORD_ONLY:
+            kwargs[name] = found[name]
+        else:
+            args.append(found[name])
+    return tuple(args), kwargs
+
+
 def says_no(name: int | str, value: Any) -> bool:
     """Tell whether an argument says no to outputs that nobody gets without it."""
     return name in _OUTPUTS and (value is None or value is False)

@@ -442,7 +442,7 @@ class Writing:
     def _left_over(self, node: Node) -> Fold | None:
         """Return the constants of a contraction for which no bias can be changed or made."""
         fold = self._fold(node)
-        return None if fold is None or self.r.permissions.can_bias(self.r.twin(node)) else fold
+        return None if fold is None or self.r.widths.allowed.can_bias(self.r.twin(node)) else fold
 
     def _with_constant(self, node: Node, made: Any) -> Any:
         """Add constants of a contraction whose bias may not be changed, and that no layer can be given."""

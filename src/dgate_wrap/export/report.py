@@ -154,7 +154,8 @@ def latencies(
     """
     times: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
     device = next((x.device for x in a[1].leaves() if isinstance(x, Tensor)), torch.device("cpu"))
-    with evaluating(a[0]), evaluating(b[0]), unchanged(a[0]), unchanged(b[0]), torch.no_grad():
+    undo = unchanged(a[0], buffers=True), unchanged(b[0], buffers=True)
+    with evaluating(a[0]), evaluating(b[0]), undo[0], undo[1], torch.no_grad():
         start = time.perf_counter()
         rounds = 0
         while rounds < 2 or (time.perf_counter() - start < seconds and rounds < 200):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -18,17 +19,28 @@ from ..tracing import Inputs
 from ..tracing.families import NormedWeight
 from ..tracing.origins import owner, place
 from ..tracing.symbolic import Symbolic, capture_symbolic, is_open
-from .caches import cached_uses, given_caches
+from .caches import MASK, cached_uses, given_caches
 from .copies import share
-from .culprits import Call, Culprit, Expected, find_culprit, first_difference, record_calls, same_value, values_on
+from .culprits import (
+    Call,
+    Culprit,
+    Expected,
+    calls_in_training,
+    find_culprit,
+    first_difference,
+    record_calls,
+    same_value,
+    values_on,
+)
 from .dead import Branch, find_dead
 from .facts import Facts
-from .grafts import Grafts
+from .grafts import Grafts, Parts
 from .integers import Integers, Patch
+from .padding import find_patch, padded
 from .plan import Draft, Permissions, Plan, make_plan, remembering
 from .scatter import partial_rows
 from .selection import places, reduced
-from .vectors import Allowed, Frozen
+from .vectors import Allowed, Frozen, makes
 from .verify import Certificate, Mismatch, Verifier, to_double
 from .widths import Widths
 
@@ -58,10 +70,10 @@ class Subject:
     facts: Facts
     symbolic: Symbolic | None = None
 
-    def opened(self) -> Subject:
+    def opened(self, dynamic: str) -> Subject:
         """Trace the model with open sizes too, which takes longer, and analyse that trace."""
         try:
-            trace, symbolic = capture_symbolic(self.model, self.inputs.args, self.inputs.kwargs)
+            trace, symbolic = capture_symbolic(self.model, self.inputs.args, self.inputs.kwargs, dynamic)
         except TraceError:  # a forward that changes the model may be traced once only
             return self
         return self if symbolic is None else Subject(self.model, trace.inputs, Facts(trace), symbolic)
@@ -78,6 +90,8 @@ class Found:
     plan: Plan
     certificate: Certificate
     frozen: Frozen
+    by_batch: bool = False
+    """Whether a smaller one was equal at the example's sizes, and not at others."""
 
     @property
     def size(self) -> int:
@@ -113,20 +127,21 @@ def _smallest(search: _Search, *, rewrite: bool) -> Found:
     except ExportError as e:
         failure = e
     dead = rewrite and bool(find_dead(search.subject.facts))
-    if own is not None and not (own.frozen or own.widths.held_by_code or dead):
+    held = own is not None and (own.frozen != search.start or own.widths.held_by_code)
+    if own is not None and not (held or dead):
         return own
     lossy: Found | None = None
-    while rewrite and search.open():
+    while rewrite and (search.open() or search.open_parts()):
         try:
             rewritten = search.repaired(rewrite=True)
         except ExportError as e:
             failure = failure or e
             rewritten = None
         if rewritten is None or (own is not None and rewritten.size >= (own.size if dead else _WORTH * own.size)):
-            if search.open_elsewhere():
+            if search.open_elsewhere() or search.open_parts():
                 continue
             break
-        if search.keeps_uses(rewritten):
+        if search.keeps_uses(rewritten, masks=own is not None and not held):
             return rewritten
         lossy = lossy or rewritten
         if not search.spare_caches():
@@ -135,7 +150,7 @@ def _smallest(search: _Search, *, rewrite: bool) -> Found:
     if own is None:
         assert failure is not None
         raise search.named(failure) from failure
-    return own
+    return replace(own, by_batch=search.by_batch)
 
 
 def in_precision(subject: Subject, inputs: Inputs) -> Inputs:
@@ -164,18 +179,20 @@ class _Search:
         """Whether a network was tried that takes less than whole inputs."""
         self.whole_inputs = False
         self._spared: frozenset[str] = frozenset()
+        self.by_batch = False
+        """Whether forwards that were written anew were equal at the example's sizes, and not at others."""
+        self._parts: Parts | None = None
 
     def _set(self, subject: Subject) -> None:
         self.subject = subject
         self.permissions = Permissions(subject.model, subject.facts.trace, subject.facts.families)
         self._calls: list[Call] | None = None
 
-    def keeps_uses(self, found: Found) -> bool:
-        """Tell whether a network does with its cache what the dense one does."""
+    def keeps_uses(self, found: Found, *, masks: bool) -> bool:
+        """Tell whether a network does with its cache, and with ``masks`` when given one, what the dense one does."""
         inputs = self.verifier.inputs[0]
-        return cached_uses(self.dense, inputs) <= cached_uses(
-            found.small, reduced(inputs, found.small, found.plan.taken)
-        )
+        uses = cached_uses(self.dense, inputs) - (set() if masks else {MASK})
+        return uses <= cached_uses(found.small, reduced(inputs, found.small, found.plan.taken))
 
     def spare_caches(self) -> bool:
         """Let modules that are given a cache keep their own code from now on; tell whether that is news."""
@@ -186,23 +203,40 @@ class _Search:
         """Analyse the graph with open sizes; tell whether there is one."""
         if not self._tried_to_open:
             self._tried_to_open = True
-            self._set(self.subject.opened())
+            self._set(self.subject.opened(self.verifier.dynamic))
+            if self.subject.symbolic is not None:
+                self.verifier.probe_beyond(self.subject.symbolic.bounds)
         return self.subject.symbolic is not None
 
     def open_elsewhere(self) -> bool:
         """Analyse a graph with open sizes that was traced at other sizes; tell whether more of them are open there."""
         stuck = set() if self._tried_elsewhere else self._stuck(self.subject)
         self._tried_elsewhere = True
+        if self.subject.symbolic is None or self.subject.symbolic.by_batch:
+            return False
         here = self.subject.inputs.sizes
         probes = (x for x in self.verifier.inputs[1:] if stuck and all(x.sizes[at] != here[at] for at in stuck))
         probe = next(probes, None)
         if probe is None:
             return False
-        elsewhere = replace(self.subject, inputs=in_precision(self.subject, probe)).opened()
+        elsewhere = replace(self.subject, inputs=in_precision(self.subject, probe)).opened(self.verifier.dynamic)
         if elsewhere.symbolic is None or self._stuck(elsewhere):
             return False
         self._set(elsewhere)
         return True
+
+    def open_parts(self) -> bool:
+        """Trace modules alone from now on where sizes do not stay open in the whole; tell whether that is news."""
+        whole = self.subject.symbolic
+        news = self._parts is None and (whole is None or bool(self._stuck(self.subject)))
+        if news and whole is None:
+            trace = self.subject.facts.trace
+            fixed = Symbolic(
+                trace.graph_module.graph, {n: n for n in trace.nodes if n.op != "output"}, [], by_batch=True
+            )
+            self._set(replace(self.subject, symbolic=fixed))
+        self._parts = Parts(self.subject.model) if news else self._parts
+        return news
 
     def _stuck(self, opened: Subject) -> set[tuple[int, int]]:
         """Return the axes of which sizes vary among the probes and not in a graph, as `Inputs.sizes` names them.
@@ -238,6 +272,13 @@ class _Search:
             frozen=frozen,
         )
         widths = Widths(self.subject.facts, allowed)
+        if differing := widths.differing():
+            allowed = replace(
+                allowed,
+                can_bias=functools.partial(_but, differing, p.can_bias),
+                can_carry=functools.partial(_but, differing, p.can_carry),
+            )
+            widths = Widths(self.subject.facts, allowed)
         partial = partial_rows(widths, p.scattering)
         return Widths(self.subject.facts, replace(allowed, scattered=frozenset(partial))) if partial else widths
 
@@ -254,10 +295,12 @@ class _Search:
         [twin] = [n for n, twin in subject.symbolic.twins.items() if twin is node]
         return not is_open(twin.meta["val"].shape[axis])
 
-    def _proven(self, draft: Draft, widths: Widths, frozen: Frozen, *, agreed: bool = False) -> Found:
+    def _proven(
+        self, draft: Draft, widths: Widths, frozen: Frozen, *, agreed: bool = False, masked: bool = False
+    ) -> Found:
         """Make the smaller network, in its own precision and in that of the analysis, and require that it is equal.
 
-        ``agreed`` tells that its modules were compared already.
+        ``agreed`` tells that its modules were compared already, and ``masked`` that it takes an attention mask.
         """
         plan = draft.plan
         own = {n: t.to(_like(self.dense, n, t)) for n, t in draft.tensors.items()}
@@ -270,9 +313,23 @@ class _Search:
             if exact is not small and not agreed and self._activation_bytes <= _MUCH:
                 self._require_agreement(draft, widths)
         except ExportError as e:
-            self._failed[id(e)] = e, cast(Mismatch, self.verifier.mismatch), exact, widths, plan
+            mismatch = cast(Mismatch, self.verifier.mismatch)
+            self._failed[id(e)] = e, mismatch, exact, widths, plan
+            here = self.verifier.inputs[0].sizes
+            elsewhere = any(n != here[at] for at, n in mismatch.inputs.sizes.items() if at in here and at[1] > 0)
+            self.by_batch = self.by_batch or (elsewhere and bool(plan.recipes))
             raise
+        if not masked and (patch := self._patch_for_masks(small, plan)):
+            with contextlib.suppress(ExportError):
+                return self._proven(draft.patched(patch), widths, frozen, agreed=True, masked=True)
         return Found(small, exact, self.subject, widths, plan, certificate, frozen)
+
+    def _patch_for_masks(self, small: nn.Module, plan: Plan) -> Patch:
+        """Return the integers that a network needs to take an attention mask, beside those that the example needs."""
+        inputs = padded(self.dense, self.verifier.inputs[0])
+        if inputs is None:
+            return {}
+        return find_patch(self.dense, small, inputs, reduced(inputs, small, plan.taken))
 
     @property
     def _activation_bytes(self) -> int:
@@ -325,7 +382,7 @@ class _Search:
         Raises:
             ExportError: If it never is.
         """
-        frozen, earlier = Frozen(), dict(self._failed)
+        frozen, earlier = self.start, dict(self._failed)
         while True:
             self._failed = dict(earlier)  # with what is tried no more, its tensors go
             widths = self._widths(frozen, rewrite=rewrite)
@@ -400,7 +457,9 @@ class _Search:
         symbolic = self.subject.symbolic
         if symbolic is None:
             return None
-        return Grafts(self.subject.model, symbolic, widths, draft.plan, self.permissions, self.calls, self._spared)
+        return Grafts(
+            self.subject.model, symbolic, widths, draft.plan, self.permissions, self.calls, self._spared, self._parts
+        )
 
     def _without_dead(self, draft: Draft, grafts: Grafts | None) -> Iterator[Draft]:
         """Yield drafts without dead branches, the boldest first."""
@@ -425,6 +484,9 @@ class _Search:
             idle = set[Node]() if shown else self._given_to(step)
             if not idle <= frozen.idle:
                 return replace(frozen, idle=frozen.idle | idle)
+            making = {owner(n) or "" for n in self.subject.facts.nodes if makes(n)}
+            if step not in frozen.made | frozen.reshapes and step in making:
+                return replace(frozen, made=frozen.made | alike)
             if step not in frozen.fills | frozen.reshapes and step in filled:
                 return replace(frozen, fills=frozen.fills | alike)
             if step not in frozen.reshapes and alike & working:
@@ -436,7 +498,26 @@ class _Search:
 
     def _given_to(self, path: str) -> set[Node]:
         """Return the nodes that have the value of an argument of a module."""
-        leaves = [x for c in self.calls if c.path == path for x in pytree.tree_leaves(c.arguments)]
+        return self._passed_to([c for c in self.calls if c.path == path])
+
+    @functools.cached_property
+    def _training_calls(self) -> list[Call]:
+        """Calls that the model makes in training only, and that the graph does not show therefore."""
+        sources = self.subject.facts.trace.sources
+        if all(n.users for n, s in sources.items() if s.kind == "parameter"):
+            return []
+        with contextlib.suppress(Exception):
+            return calls_in_training(self.subject.model, self.subject.inputs)
+        return []
+
+    @property
+    def start(self) -> Frozen:
+        """What is kept from the start."""
+        return Frozen(idle=frozenset(self._passed_to(self._training_calls)))
+
+    def _passed_to(self, calls: list[Call]) -> set[Node]:
+        """Return the nodes that have the value of an argument of some calls."""
+        leaves = [x for c in calls for x in pytree.tree_leaves(c.arguments)]
         given = [x for x in leaves if isinstance(x, Tensor)]
         facts = self.subject.facts
         nodes = [n for n in facts.nodes if n in facts.varying and isinstance(facts.values.get(n), Tensor)]
@@ -490,3 +571,8 @@ def _like(model: nn.Module, name: str, value: Tensor) -> Tensor:
     held = getattr(module, "weight", None)
     held = held if isinstance(held, Tensor) else next(module.parameters(), value)
     return held if value.is_floating_point() else value.to(held.device)
+
+
+def _but(others: set[Node], can: Callable[[Node], bool], node: Node) -> bool:
+    """Tell whether something can be done to a node that is none of some others."""
+    return node not in others and can(node)

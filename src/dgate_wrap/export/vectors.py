@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..tracing.families import Pick
-from ..tracing.operations import shape_of
+from ..tracing.operations import op_name, shape_of
 from ..tracing.origins import operation, owner, where
 from .facts import Facts
 from .masks import any_of, is_any, others
@@ -42,18 +42,20 @@ class Frozen:
     Args:
         fills: Modules in which more stays of a tensor that would be empty than one element: the whole of its last axis
             (a head, say, and not one channel of a head).
+        made: Modules whose own code makes tensors of sizes that are written in it (zeros to begin with): they stay.
         reshapes: Modules whose own code has sizes written in it: their reshapes and slices stay whole.
         modules: Modules whose own code computes with sizes in other ways: all that it makes and reads stays whole.
         idle: What code reads that the graph does not show, as nobody needs its results: a head for a loss, say.
     """
 
     fills: frozenset[str] = frozenset()
+    made: frozenset[str] = frozenset()
     reshapes: frozenset[str] = frozenset()
     modules: frozenset[str] = frozenset()
     idle: frozenset[Node] = frozenset()
 
     def __bool__(self) -> bool:
-        return bool(self.fills or self.reshapes or self.modules or self.idle)
+        return bool(self.fills or self.made or self.reshapes or self.modules or self.idle)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,18 @@ class Allowed:
     frozen: Frozen = Frozen()
 
 
+def makes(node: Node) -> bool:
+    """Tell whether a node makes a tensor that is the same everywhere, of a size that the code may read off a module."""
+    return node.op == "call_function" and op_name(node) in (
+        "zeros",
+        "ones",
+        "full",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+    )
+
+
 class Vectors:
     """Which indices of every axis stay, and the ways in which they grow.
 
@@ -94,7 +108,8 @@ class Vectors:
         self.allowed = allowed
         self.reasons: list[str] = ["the model's output depends on others at the same index"]
         self._ids: dict[str, int] = {self.reasons[0]: NEEDED}
-        self._written: set[int] = set()
+        self.written: set[int] = set()
+        """The reasons that hold for the user's code only."""
         self.keep: dict[Hashable, list[Tensor]] = {}
         self.why: dict[Hashable, list[Tensor]] = {}
         self.grown: set[Hashable] = set()
@@ -114,7 +129,7 @@ class Vectors:
     def code_reason(self, text: str) -> int:
         """Return the number of a reason that holds for the user's code only."""
         number = self.reason(text)
-        self._written.add(number)
+        self.written.add(number)
         return number
 
     def written_down(self, node: Node, what: str) -> int:
@@ -169,13 +184,14 @@ class Vectors:
         self, node: Node, n: Node, axis: int, out: Node, out_axis: int, meeting: int | None = None
     ) -> None:
         """Link an axis of an operand with that of a result; a forward that is written anew may take part of it only."""
+        frozen = self.allowed.frozen
         if self.facts.takes_part(node, n, axis, out, out_axis):
-            if self.allowed.rewrite and self.follows(node):
+            if (self.allowed.rewrite and self.follows(node)) or (makes(n) and self._module(n) not in frozen.made):
                 self.grow(n, axis, self.keep[out][out_axis], self.why[out][out_axis])
                 return
             said = self.written_down(node, "it meets an operand of which others need more")
             why = self.why[n][axis]
-            written = torch.isin(why, torch.tensor(list(self._written)))
+            written = torch.isin(why, torch.tensor(list(self.written)))
             self.grow(out, out_axis, self.keep[n][axis], torch.where(written, why, said))
         self.link(n, axis, out, out_axis, meeting)
 
@@ -203,7 +219,10 @@ class Vectors:
 
     def follows(self, node: Node) -> bool:
         """Tell whether the user's code follows smaller tensors in a movement, or has its sizes written down."""
-        return (owner(node) or "") not in self.allowed.frozen.reshapes
+        return self._module(node) not in self.allowed.frozen.reshapes
+
+    def _module(self, node: Node) -> str:
+        return owner(node) or ""
 
     def result_index(self, node: Node, out: Node) -> int:
         """Return which of the results of an operation one is."""

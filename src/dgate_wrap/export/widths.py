@@ -34,11 +34,20 @@ class Fold:
         node: The contraction, or recurrence.
         values: The constant of each input channel, float64, 0 where nothing is folded.
         carrier: The kept constant channel that takes them over, or ``None`` if they go into the bias.
+        at: Where along the other axes of the input, flattened, the constants are these: where they differ from position
+            to position, they do so in proportion.
     """
 
     node: Node
     values: Tensor
     carrier: int | None
+    at: int = 0
+
+    def same(self, other: Fold | None, tolerance: float) -> bool:
+        """Tell whether another contraction must be given the same."""
+        if other is None or (self.carrier, self.at) != (other.carrier, other.at):
+            return False
+        return torch.allclose(self.values, other.values, rtol=tolerance, atol=0)
 
 
 class Widths(Vectors):
@@ -64,7 +73,7 @@ class Widths(Vectors):
     @property
     def held_by_code(self) -> bool:
         """Whether anything stays only since a number is written in the code, which a rewritten forward could change."""
-        return any(int(i) in self._written for vectors in self.why.values() for w in vectors for i in w.unique())
+        return any(int(i) in self.written for vectors in self.why.values() for w in vectors for i in w.unique())
 
     def share(self, node: Node, axes: Collection[int]) -> float:
         """Return which share of the elements along some axes stays."""
@@ -165,7 +174,7 @@ class Widths(Vectors):
                 self._merge(family, node)
 
     def _fill_empty(self) -> bool:
-        """Keep the first index of every axis that would be left empty: a layer never becomes empty."""
+        """Keep one index of every axis that would be left empty: a layer never becomes empty."""
         reason = self.reason("it is the last one of a layer, which never becomes empty")
         empty = {key: axes for key, vectors in self.keep.items() if (axes := _empty_axes(vectors))}
         self.filled |= {owner(key) or "" for key in empty if isinstance(key, Node) and key.op == "call_function"}
@@ -175,12 +184,21 @@ class Widths(Vectors):
             if len(axes) > 1 and axes[-1] == last and within in self.allowed.frozen.fills:
                 self.keep_axis(key, last, reason)
         for key, axes in empty.items():
+            within = owner(key) if isinstance(key, Node) else None
             for axis in axes:
                 if not self.keep[key][axis].any():
-                    first = torch.zeros_like(self.keep[key][axis])
-                    first[0] = True
-                    self.grow(key, axis, first, reason)
+                    one = torch.zeros_like(self.keep[key][axis])
+                    one[self._most_kept(len(one), within)] = True
+                    self.grow(key, axis, one, reason)
         return bool(empty)
+
+    def _most_kept(self, size: int, within: str | None) -> int:
+        """Return the index that stays on most axes of a size in a module, which costs least: a head that lives, say."""
+        counts = torch.zeros(size, dtype=torch.long)
+        for key, vectors in self.keep.items():
+            if isinstance(key, Node) and (within is None or owner(key) == within):
+                counts += sum((v.long() for v in vectors if len(v) == size and not v.all()), torch.zeros_like(counts))
+        return int(counts.argmax())
 
     def _fold(self, maps: tuple[Contraction, ...], node: Node) -> None:
         """Say where the constants of removed input channels go; keep the channels that have nowhere to go."""
@@ -195,6 +213,13 @@ class Widths(Vectors):
         fold = constants & removed
         uneven = (high - low) > rounding(self.facts.values[x]) * torch.maximum(high.abs(), low.abs())
         said = self.says(node, "it is a constant that differs from position to position")
+        if bool((fold & uneven).any()) and maps == (self.facts.families[node],):
+            strength, at, alike = self._proportions(maps[0], constants & uneven)
+            carried = maps[0].groups == 1 and self.allowed.can_carry(node) and not bool((fold & ~uneven).any())
+            if carried and bool((fold & alike).any()):
+                self.grow(x, axis, fold & ~alike, said)
+                self._carry(maps[0], node, torch.where(fold & alike, strength, 0.0), alike, strength, at)
+                return
         self.grow(x, axis, fold & uneven, said)
         fold = fold & ~uneven
         if not fold.any():
@@ -259,13 +284,50 @@ class Widths(Vectors):
             return any_of(w & rows.view(family.groups, -1, 1), 1).flatten()
         return any_of(w & rows.view(family.groups, 1, -1), 2).flatten()
 
-    def _carry(self, family: Contraction, node: Node, values: Tensor, candidates: Tensor, constants: Tensor) -> None:
+    def _proportions(self, family: Contraction, channels: Tensor) -> tuple[Tensor, int, Tensor]:
+        """Compare channels with the strongest of some, as zero padding in front of a convolution leaves them.
+
+        Returns:
+            What each channel is where that one is largest, where that is, and which are that one, scaled.
+        """
+        values = self.facts.values[family.x]
+        rows = values.double().movedim(family.x_axis, 0).flatten(1)
+        chosen = torch.where(channels, rows.abs().amax(1), -1)
+        profile = rows[int(chosen.argmax())]
+        at = int(profile.abs().argmax())
+        strength = rows[:, at]
+        differs = (rows - torch.outer(strength / profile[at], profile)).abs().amax(1)
+        return strength, at, channels & (differs <= rounding(values) * chosen.abs())
+
+    def differing(self) -> set[Node]:
+        """Return the contractions that share their layer with others that must be given other constants."""
+        calls: dict[Node, list[Node]] = {}
+        for node, family in self.facts.families.items():
+            if isinstance(family, Contraction):
+                calls.setdefault(family.weight, []).append(node)
+        found: set[Node] = set()
+        for nodes in calls.values():
+            first = next((f for n in nodes if (f := self.folds.get(n)) is not None), None)
+            if first is not None and len(nodes) > 1:
+                tolerance = rounding(self.facts.values[nodes[0]])
+                found |= set() if all(first.same(self.folds.get(n), tolerance) for n in nodes) else {*nodes}
+        return found
+
+    def _carry(
+        self,
+        family: Contraction,
+        node: Node,
+        values: Tensor,
+        candidates: Tensor,
+        constants: Tensor,
+        at: int = 0,
+    ) -> None:
         """Let one kept constant channel stand for all removed ones; keep the largest if none is kept."""
         x = family.x
         largest = values.abs().max()
         kept = candidates & self.keep[x][family.x_axis] & (constants.abs() >= largest / 16)
         if kept.any():
-            self.folds[node] = Fold(node, values, int(torch.where(kept, constants.abs(), -1).argmax()))
+            self.folds[node] = Fold(node, values, int(torch.where(kept, constants.abs(), -1).argmax()), at)
         else:
             one = torch.zeros_like(candidates)
             one[int(values.abs().argmax())] = True

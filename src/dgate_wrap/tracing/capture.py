@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from ..errors import TraceError, TraceWarning
 from .inputs import Inputs, input_names, normalize_inputs, without_cache
 from .lowering import is_symbol, lower
-from .origins import name_owners, spot_of
+from .origins import name_owners, recorded_owners, spot_of
 from .recorder import FOLLOWED, PREFIX, Recording, UnrecordableError, record, show, storage_of, tensors_in
 from .refusals import first_line, innermost, require_running, says_followed, untraceable
 from .rewrite import split_einsums
@@ -316,7 +316,9 @@ def _record(
             forget_results(model)
             given = inputs.map(Tensor.clone)
             recording = record(model, call, given.args, given.kwargs)
-        return recording, _export(model, recording.replay, inputs), None
+        exported = _export(model, recording.replay, inputs)
+        recorded_owners(exported.graph)
+        return recording, exported, None
     except Exception as e:
         return None, None, e
 

@@ -38,9 +38,9 @@ class Inputs:
         return Inputs(args, kwargs)
 
     def call(self, model: nn.Module, **extra: Any) -> Any:
-        """Call a model that may write into its inputs, and into its attributes; neither stays."""
+        """Call a model that may write into its inputs, its attributes and its buffers; nothing of that stays."""
         given = self.map(Tensor.clone)
-        with unchanged(model):
+        with unchanged(model, buffers=True):
             return model(*given.args, **given.kwargs, **extra)
 
 

@@ -36,6 +36,24 @@ def name_owners(graph: Graph, model: nn.Module) -> None:
         node.meta["nn_module_stack"] = {call: (known[path], kind) for call, (path, kind) in stack.items()}
 
 
+def recorded_owners(graph: Graph) -> None:
+    """Give the nodes of a recording that was traced again the modules that made them, which the recording noted."""
+    for node in graph.nodes:
+        noted = re.findall(r'Module "([^"]*)", call (\d+)', node.meta.get("stack_trace") or "")
+        if noted:
+            node.meta["nn_module_stack"] = {f"{p}@{i}": (f"{PREFIX}{p}".rstrip("."), None) for p, i in noted}
+
+
+def place_owners(graph: Graph, path: str) -> None:
+    """Call the modules in the graph of a module as the model does that it is part of."""
+    for node in graph.nodes:
+        stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+        inside = {call: (f"{at}.", kind) for call, (at, kind) in stack.items() if f"{at}.".startswith(PREFIX)}
+        node.meta["nn_module_stack"] = {
+            call: (f"{PREFIX}{path}.{at.removeprefix(PREFIX)}".rstrip("."), kind) for call, (at, kind) in inside.items()
+        }
+
+
 _SLICE = re.compile(r"(?:^|\.)slice\((-?\d+|None), (-?\d+|None), (-?\d+|None)\)\.")
 
 

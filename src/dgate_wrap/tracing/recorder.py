@@ -8,12 +8,15 @@ each such spot of the source is noted. The record may still write in place: `Rep
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import linecache
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
@@ -188,6 +191,8 @@ class _Recorder(TorchDispatchMode):
         """The parameter or buffer in a storage."""
         self._varies: dict[int, bool] = {}
         """Whether what lies in a storage depends on inputs or parameters."""
+        self.within: list[tuple[str, int]] = []
+        """The modules whose forward runs, the outermost first, and the numbers of their calls."""
         for i, value in enumerate(inputs):
             node = self.graph.placeholder(f"input_{i}")
             if isinstance(value, Tensor):
@@ -301,10 +306,10 @@ class _Recorder(TorchDispatchMode):
         return next(_frames(record.__code__), None)
 
     def _stack_trace(self) -> str:
+        """Return the lines that run, as Python shows them, and the modules; this outlasts a trace of the replay."""
         frames = list(_frames(record.__code__)) or list(_frames(record.__code__, _is_module))
-        return "".join(
-            f'  File "{f}", line {n}, in {c}\n    {linecache.getline(f, n).strip()}\n' for f, n, c in frames[::-1]
-        )
+        lines = [f'  File "{f}", line {n}, in {c}\n    {linecache.getline(f, n).strip()}\n' for f, n, c in frames[::-1]]
+        return "".join([*(f'  Module "{path}", call {i}\n' for path, i in self.within), *lines])
 
 
 def storage_of(x: Tensor) -> int:
@@ -403,6 +408,26 @@ class Replay(nn.Module):
             return Interpreter(self, graph=self._graph).run(*pytree.tree_leaves((args, kwargs)))
 
 
+@contextlib.contextmanager
+def _following(model: nn.Module, within: list[tuple[str, int]]) -> Generator[None]:
+    """Keep a list of the modules whose forward runs."""
+    numbers = itertools.count()
+
+    def enter(path: str, *_: Any) -> None:
+        within.append((path, next(numbers)))
+
+    def leave(*_: Any) -> None:
+        within.pop()
+
+    handles = [m.register_forward_pre_hook(functools.partial(enter, n)) for n, m in model.named_modules()]
+    handles += [m.register_forward_hook(leave) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def record(model: nn.Module, call: Callable[..., list[Tensor]], args: tuple[Any, ...], kwargs: Any) -> Recording:
     """Run a model once and write down what it does.
 
@@ -421,7 +446,13 @@ def record(model: nn.Module, call: Callable[..., list[Tensor]], args: tuple[Any,
     args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
     attributes = {PREFIX + n: t for n, t in [*model.named_parameters(), *model.named_buffers()]}
     recorder = _Recorder(attributes, pytree.tree_leaves((args, kwargs)))
-    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), recorder, _Leaving(recorder):
+    with (
+        torch.no_grad(),
+        torch._C._AutoDispatchBelowAutograd(),
+        _following(model, recorder.within),
+        recorder,
+        _Leaving(recorder),
+    ):
         outputs = call(*args, **kwargs)
     recorder.finish(outputs)
     replay = Replay(model, recorder.graph, recorder.constants)

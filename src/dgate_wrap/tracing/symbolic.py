@@ -25,6 +25,7 @@ from torch.utils._sympy.functions import FloorDiv
 from .capture import Trace, capture, export_open, trace_of
 from .inputs import Inputs, normalize_inputs
 from .lowering import is_symbol
+from .origins import operation, place_owners
 from .rewrite import split_einsums
 
 
@@ -35,35 +36,126 @@ class Symbolic:
     Args:
         graph: Its nodes; placeholders are parameters, buffers and constants, then inputs.
         twins: For each of its nodes that gives tensors, the node of the example's graph.
+        bounds: Per open size of the inputs, the axes that have it, as `Inputs.sizes` names them, and the least and the
+            largest size (``None`` if there is none) at which the forward takes the branches that it took.
+        by_batch: Whether only the batch was left open.
     """
 
     graph: Graph
     twins: dict[Node, Node]
+    bounds: list[tuple[list[tuple[int, int]], int, int | None]]
+    by_batch: bool = False
 
 
 def capture_symbolic(
-    model: nn.Module, example_inputs: object, example_kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    example_inputs: object,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic: str = "all",
 ) -> tuple[Trace, Symbolic | None]:
     """Trace a model like `capture`, and with open sizes where the model allows.
 
     Where a trace in which all sizes are open fails, in formulas over sizes that the model asks to be what they are,
-    only the batch is left open.
+    only the batch is left open; so it is with ``dynamic="batch"``.
 
     Returns:
         The trace of the example, and its twin; ``None`` if there is no graph with open sizes.
     """
     inputs = normalize_inputs(example_inputs, example_kwargs)
     several = _several(inputs)
-    for axes in (None, _batch(several)):
-        with (
-            contextlib.suppress(Exception),
-            _open_numbers(model),
-            export_open(model, several, axes) as (exported, used),
-        ):
-            split_einsums(exported.graph_module)
-            static, twins = _settle(exported)
-            return trace_of(model, used, static), Symbolic(exported.graph, twins)
+    for axes in (None, _batch(several))[dynamic == "batch" :]:
+        with contextlib.suppress(Exception):
+            return _capture_open(model, several, axes)
     return capture(model, inputs.args, inputs.kwargs), None
+
+
+def _capture_open(model: nn.Module, inputs: Inputs, axes: set[tuple[int, int]] | None) -> tuple[Trace, Symbolic]:
+    with _open_numbers(model), export_open(model, inputs, axes) as (exported, used):
+        split_einsums(exported.graph_module)
+        static, twins = _settle(exported)
+        trace = trace_of(model, used, static)
+        given = [n for n in exported.graph.nodes if n.op == "placeholder" and trace.sources[twins[n]].kind == "input"]
+        bounds = _bounds(given, exported.range_constraints)
+        return trace, Symbolic(exported.graph, twins, bounds, axes is not None)
+
+
+def _bounds(given: list[Node], ranges: Mapping[Any, Any]) -> list[tuple[list[tuple[int, int]], int, int | None]]:
+    tensors = [x for n in given if isinstance(x := n.meta["val"], Tensor)]
+    places: dict[Any, list[tuple[int, int]]] = {}
+    for i, x in enumerate(tensors):
+        for axis, size in enumerate(x.shape):
+            if is_open(size):
+                places.setdefault(cast(Any, size).node.expr, []).append((i, axis))
+    found = [(at, ranges[size]) for size, at in places.items() if size in ranges]
+    return [(at, int(r.lower), int(r.upper) if r.upper.is_Integer else None) for at, r in found]
+
+
+def capture_part(model: nn.Module, path: str, inputs: Inputs, trace: Trace, span: list[Node]) -> Symbolic | None:
+    """Trace one module of a model alone with open sizes: they stay simple where those of the whole grow into formulas.
+
+    Args:
+        model: The model.
+        path: The module.
+        inputs: What the module is given when the model runs on the trace's inputs.
+        trace: The model's trace.
+        span: What the module does there, in order.
+
+    Returns:
+        Its graph, of which the twins are nodes of the model's trace; ``None`` if there is none, or if it does something
+        else, here or at other sizes.
+    """
+    module = model.get_submodule(path)
+    with contextlib.suppress(Exception):
+        alone, symbolic = _capture_open(module, inputs, None)
+        pairs = _paired(alone, trace, span)
+        if pairs is None or any(_branches(inputs, *bounds) for bounds in symbolic.bounds):
+            return None
+        for node in list(symbolic.graph.nodes):
+            if node.op == "placeholder" and symbolic.twins[node] not in pairs:
+                symbolic.graph.erase_node(node)  # which fails, as it should, if its sizes are used
+        place_owners(symbolic.graph, path)
+        twins = {n: pairs[t] for n, t in symbolic.twins.items() if t in pairs}
+        return Symbolic(symbolic.graph, twins, symbolic.bounds)
+    return None
+
+
+def _branches(inputs: Inputs, at: list[tuple[int, int]], least: int, largest: int | None) -> bool:
+    """Tell whether a forward takes another branch where a size is larger, or half as large."""
+    return largest is not None or least > max(2, inputs.sizes[at[0]] // 2)
+
+
+def _paired(alone: Trace, trace: Trace, span: list[Node]) -> dict[Node, Node] | None:
+    """Return the node of a model's trace for every node that a module's own needs; ``None`` if they do not the same.
+
+    Copies do not count: a trace shows some where a recording shows none.
+    """
+    pairs: dict[Node, Node] = {}
+    all_steps = [n for n in alone.nodes if n.op == "call_function"]
+    steps, others = ([n for n in nodes if n is _original(n)] for nodes in (all_steps, span))
+    if [operation(n) for n in steps] != [operation(n) for n in others]:
+        return None
+    for one, other in zip(steps, others, strict=True):
+        theirs, ours = (_operands(n) for n in (one, other))
+        if len(theirs) != len(ours):
+            return None
+        if any(pairs.setdefault(a, b) is not b for a, b in zip(theirs, ours, strict=True)):
+            return None
+        pairs[one] = other
+    return pairs | {n: pairs[_original(n)] for n in all_steps if _original(n) in pairs}
+
+
+_COPIES = ("aten.clone", "aten.alias", "aten.detach", "aten.contiguous", "aten.lift_fresh_copy")
+
+
+def _original(node: Node) -> Node:
+    while operation(node) in _COPIES:
+        node = cast(Node, node.args[0])
+    return node
+
+
+def _operands(node: Node) -> list[Node]:
+    """Return the nodes among the arguments of a node, each time that they are there."""
+    return [_original(x) for x in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(x, Node)]
 
 
 def _batch(inputs: Inputs) -> set[tuple[int, int]]:
