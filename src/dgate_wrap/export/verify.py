@@ -36,8 +36,8 @@ _ROUNDINGS = 20
 _NOTHING = 1e-5
 """The share of the largest of all outputs below which one is not measured by its own size."""
 
-_LONGER, _SMALL = 4, 2**14
-"""How much longer sequences are tried, and of how many elements: code may do other things with long ones."""
+_LONGER, _SHORT, _SMALL = 4, 128, 2**14
+"""How much longer sequences are tried, of which length and size at most: code may do other things with long ones."""
 
 _FAR = 16
 """How many times as large as in the example a size may be at which networks are compared."""
@@ -151,7 +151,8 @@ def resizings(example: Inputs, dynamic: str = "all") -> Iterator[list[tuple[str,
 def _are_sequences(example: Inputs, places: list[tuple[int, int]]) -> bool:
     """Tell whether much longer inputs are cheap: axes behind the batch, of small tensors that are no images."""
     tensors = [x for x in example.leaves() if isinstance(x, Tensor)]
-    return all(axis > 0 and tensors[i].dim() <= 3 and tensors[i].numel() <= _SMALL for i, axis in places)
+    small = all(tensors[i].dim() <= 3 and tensors[i].numel() <= _SMALL for i, _ in places)
+    return small and all(axis > 0 and tensors[i].shape[axis] <= _SHORT for i, axis in places)
 
 
 def _says(way: list[tuple[int, int]], size: int, new: int) -> str:
