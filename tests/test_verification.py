@@ -91,7 +91,6 @@ def no_retreat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search._Search, "_colder", lambda self, frozen, path, filled: None)
 
 
-@pytest.mark.usefixtures("no_retreat")
 class Counting(Encoder):
     """Counts its calls, in a buffer and in an attribute."""
 
@@ -175,6 +174,7 @@ def test_a_way_that_only_long_sequences_take_keeps_what_it_needs() -> None:
         assert torch.allclose(model(x), small(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("no_retreat")
 def test_a_wrong_fold_is_caught_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     constant = plan.folded_constant
     monkeypatch.setattr(plan, "folded_constant", lambda *args: 1.01 * constant(*args))
