@@ -180,10 +180,25 @@ class BesideSearch(Block):
         return super().forward(x + kept)
 
 
+class MakesMask(Attention):
+    """Makes its mask itself, of the dtype of what it is given."""
+
+    def forward(self, x: Tensor, *, causal: bool = True) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).split(width, dim=2)
+        q, k, v = (t.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2) for t in (q, k, v))
+        mask = torch.full((tokens, tokens), torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device).triu(1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask if causal else None)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+
+@pytest.mark.parametrize("attention", [Attention, MakesMask])
 @pytest.mark.parametrize("block", [BesideLSTM, BesideLoop, BesideSearch])
 @pytest.mark.filterwarnings("ignore::dgate_wrap.errors.TraceWarning")
-def test_a_module_is_written_anew_alone_where_sizes_stay_open_in_it_only(block: type[Block]) -> None:
-    model = block(Attention)
+def test_a_module_is_written_anew_alone_where_sizes_stay_open_in_it_only(
+    block: type[Block], attention: type[Attention]
+) -> None:
+    model = block(attention)
     randomize(model, torch.Generator().manual_seed(1))
     dg.gate(model, "heads", example_inputs=X)
     [gates] = {t.gates for t in dg.gates.gated_tensors(model)}

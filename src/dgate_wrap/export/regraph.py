@@ -248,7 +248,9 @@ class Writing:
         if node in self.made:
             return self.made[node]
         if node.op == "placeholder":
-            source = self.facts.trace.sources[self.r.twin(node)]
+            source = self.facts.trace.sources.get(self.r.twin(node))
+            if source is None:
+                raise UnwritableError(f"it reads {node.name}, which it is not given")
             if source.kind == "constant":
                 name = self.hold(self._cut(node, source.value))
             elif source.name in self.names:
@@ -370,7 +372,8 @@ class Writing:
 
     def _is_own(self, node: Node) -> bool:
         """Tell whether a placeholder stands for a tensor of the part's own."""
-        return self.facts.trace.sources[self.r.twin(node)].name in self.names
+        source = self.facts.trace.sources.get(self.r.twin(node))  # none, of what a module is given that is traced alone
+        return source is not None and source.name in self.names
 
     def _layer(self, node: Node) -> Any:
         """Call the layer whose forward a node is, so that it trains as before and may be replaced like any other."""
