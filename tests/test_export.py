@@ -235,19 +235,25 @@ class Siamese(nn.Module):
         return self.head(a * b)
 
 
-def test_constants_go_into_the_bias_of_a_layer_that_is_called_twice_where_both_calls_meet_them() -> None:
-    model = Siamese()
+PAIR = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1)).double().unbind()
+
+
+def without_units(model: Siamese) -> dg.Exported:
     randomize(model, torch.Generator().manual_seed(0))
     dg.gate(model.double(), dg.Select(names="up.weight", axis=0))
     zero_groups(model, "up.weight", [1, 4, 5])
-    pair = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1)).double().unbind()
-    result = dg.export(model, pair)
+    return dg.export(model, PAIR)
+
+
+def test_constants_go_into_the_bias_of_a_layer_that_is_called_twice_where_both_calls_meet_them() -> None:
+    model = Siamese()
+    result = without_units(model)
     assert result.model.up.weight.shape[0] == 5
     assert result.report.rewritten == []
     whole = dg.expand(result, Siamese().double())
     with torch.no_grad():
         for net in (result.model, whole):
-            torch.testing.assert_close(net(*pair), model(*pair), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(net(*PAIR), model(*PAIR), rtol=1e-12, atol=1e-12)
 
 
 class Shifted(Siamese):
@@ -259,13 +265,9 @@ class Shifted(Siamese):
 
 def test_constants_that_two_calls_of_a_layer_meet_differently_are_added_by_each() -> None:
     model = Shifted()
-    randomize(model, torch.Generator().manual_seed(0))
-    dg.gate(model.double(), dg.Select(names="up.weight", axis=0))
-    zero_groups(model, "up.weight", [1, 4, 5])
-    pair = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1)).double().unbind()
-    result = dg.export(model, pair)
+    result = without_units(model)
     with torch.no_grad():
-        torch.testing.assert_close(result.model(*pair), model(*pair), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(result.model(*PAIR), model(*PAIR), rtol=1e-12, atol=1e-12)
     assert result.model.up.weight.shape[0] == 5
     with pytest.raises(dg.ExportError, match="expanded network differs"):  # no bias of it holds both
         dg.expand(result, Shifted().double())

@@ -70,14 +70,17 @@ class Block(nn.Module):
 X = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
 
 
-def without_a_head(attention: type[Attention], **options: Any) -> tuple[nn.Module, dg.Exported]:
-    model = Block(attention)
+def without(model: nn.Module, grouping: str, dead: list[int], **options: Any) -> tuple[nn.Module, dg.Exported]:
     randomize(model, torch.Generator().manual_seed(1))
-    dg.gate(model, "heads", example_inputs=X)
+    dg.gate(model, grouping, example_inputs=X)
     [gates] = {t.gates for t in dg.gates.gated_tensors(model)}
     with torch.no_grad():
-        gates.gamma[1] = 0
+        gates.gamma[dead] = 0
     return model.eval(), dg.export(model, X, latency=False, **options)
+
+
+def without_a_head(attention: type[Attention], **options: Any) -> tuple[nn.Module, dg.Exported]:
+    return without(Block(attention), "heads", [1], **options)
 
 
 def assert_equal(model: nn.Module, small: nn.Module) -> None:
@@ -198,13 +201,7 @@ class MakesMask(Attention):
 def test_a_module_is_written_anew_alone_where_sizes_stay_open_in_it_only(
     block: type[Block], attention: type[Attention]
 ) -> None:
-    model = block(attention)
-    randomize(model, torch.Generator().manual_seed(1))
-    dg.gate(model, "heads", example_inputs=X)
-    [gates] = {t.gates for t in dg.gates.gated_tensors(model)}
-    with torch.no_grad():
-        gates.gamma[1] = 0
-    exported = dg.export(model.eval(), X, latency=False)
+    model, exported = without(block(attention), "heads", [1])
     assert exported.report.removed == 1
     assert exported.report.rewritten == ["attention"]
     assert_equal(model, exported.model)
@@ -225,13 +222,7 @@ class Assembled(RemembersHeads):
 
 @pytest.mark.parametrize("dead", [0, 1, 2])
 def test_heads_go_whose_queries_are_written_into_an_empty_tensor(dead: int) -> None:
-    model = Block(Assembled)
-    randomize(model, torch.Generator().manual_seed(1))
-    dg.gate(model, "heads", example_inputs=X)
-    [gates] = {t.gates for t in dg.gates.gated_tensors(model)}
-    with torch.no_grad():
-        gates.gamma[dead] = 0
-    exported = dg.export(model.eval(), X, latency=False)
+    model, exported = without(Block(Assembled), "heads", [dead])
     assert exported.report.removed == 1
     assert exported.plan.attributes == {"attention": {"heads": 2}}
     assert_equal(model, exported.model)
@@ -266,13 +257,7 @@ class Recurrent(nn.Module):
 
 
 def test_units_of_a_cell_go_with_the_number_that_it_remembers_and_with_the_zeros_that_others_make_of_it() -> None:
-    model = Recurrent()
-    randomize(model, torch.Generator().manual_seed(1))
-    dg.gate(model, "rnn", example_inputs=X)
-    [gates] = {t.gates for t in dg.gates.gated_tensors(model)}
-    with torch.no_grad():
-        gates.gamma[[0, 2, 4]] = 0
-    exported = dg.export(model.eval(), X, latency=False)
+    model, exported = without(Recurrent(), "rnn", [0, 2, 4])
     assert exported.report.removed == 3
     assert exported.report.rewritten == []
     assert exported.plan.attributes == {"cell": {"units": 3}}
@@ -880,12 +865,7 @@ class RepeatedAttention(Block):
 
 
 def test_a_block_that_runs_several_times_is_written_anew_once(tmp_path: Path) -> None:
-    model = RepeatedAttention()
-    randomize(model, torch.Generator().manual_seed(1))
-    dg.gate(model.eval(), "heads", example_inputs=X)
-    with torch.no_grad():
-        all_gates(model)[0].gamma[1] = 0
-    exported = dg.export(model, X, latency=False)
+    model, exported = without(RepeatedAttention(), "heads", [1])
     assert exported.report.rewritten == ["attention"]
     dg.save(exported, tmp_path)
     for small in (exported.model, dg.load(tmp_path, RepeatedAttention()).eval()):

@@ -315,6 +315,7 @@ def _report(
     nodes = {s.name: n for n, s in widths.facts.trace.sources.items() if s.kind == "parameter"}
     removed = start = 0
     kept: list[Kept] = []
+    single = widths.reason("a single number has no axis along which to cut")
     hint = '; its new forward would hold at the example\'s sizes only: see dynamic="batch"' if found.by_batch else ""
     texts = [f"{text}{hint}" if i in widths.written else text for i, text in enumerate(widths.reasons)]
     for gates, members in labels:
@@ -327,9 +328,7 @@ def _report(
             for axis in (a for a, n in enumerate(index.shape) if n > 1):
                 why = torch.maximum(why, on_axis(vectors[axis], axis, index.dim()))
             if index.numel() == 1:  # one group is the whole tensor
-                number = widths.reason("a single number has no axis along which to cut")
-                why.fill_(max((int(v.max()) for v in vectors), default=number))
-                texts += widths.reasons[len(texts) :]
+                why.fill_(max((int(v.max()) for v in vectors), default=single))
             mask = _stays(plan.cuts.get(name), index)
             part, reasons = find_kept(name, index, mask, dead[id(gates)], why, texts, start)
             stays |= part

@@ -160,14 +160,7 @@ def find_culprit(model: nn.Module, inputs: Inputs, expected: Expected) -> Culpri
         inputs: What it is run on.
         expected: What its modules should give.
     """
-    calls: list[Call] = []
-    open_calls: list[Begun] = []
-    failed: tuple[Begun, ...] | None = None
-    try:
-        with _watching(model, inputs, calls, open_calls) as extra:
-            inputs.call(model, **extra)
-    except Exception:
-        failed = tuple(open_calls)
+    calls, failed, _ = _watched(model, inputs)
     for done, call in enumerate(calls):  # what fails may be the victim of one that ran, and gave something else
         if not expected.agrees(call):
             return _blamed(model, call.chain, done, expected)
@@ -176,16 +169,22 @@ def find_culprit(model: nn.Module, inputs: Inputs, expected: Expected) -> Culpri
 
 def failing(model: nn.Module, inputs: Inputs) -> tuple[str, int] | None:
     """Return the module in whose own code a run fails, and how many calls had ended well; ``None`` if it does not."""
+    calls, failed, error = _watched(model, inputs)
+    if failed is None or isinstance(error, DGateError):  # a refusal in words
+        return None
+    return (_with_code(model, failed[-1].path) if failed else ""), len(calls)
+
+
+def _watched(model: nn.Module, inputs: Inputs) -> tuple[list[Call], tuple[Begun, ...] | None, Exception | None]:
+    """Run a model; return the calls that ended, and if it failed the calls that were open then, and the error."""
     calls: list[Call] = []
     open_calls: list[Begun] = []
     try:
         with _watching(model, inputs, calls, open_calls) as extra:
             inputs.call(model, **extra)
-    except DGateError:  # a refusal in words
-        return None
-    except Exception:
-        return (_with_code(model, open_calls[-1].path) if open_calls else ""), len(calls)
-    return None
+    except Exception as e:
+        return calls, tuple(open_calls), e
+    return calls, None, None
 
 
 def _blamed(model: nn.Module, chain: tuple[Begun, ...], done: int, expected: Expected) -> Culprit:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
-from ..tracing import Inputs, Trace
+from ..tracing import Inputs
 from ..tracing.capture import all_tensors
 from ..tracing.origins import owners
 from ..tracing.symbolic import Symbolic, capture_part
@@ -46,17 +46,15 @@ class Parts:
         self._model = model
         self._known: dict[tuple[str, int], Symbolic | None] = {}
 
-    def of(self, path: str, call: Call, i: int, trace: Trace) -> Symbolic:
-        """Return the graph of a module as it is called for the i-th time.
+    def of(self, path: str, call: Call, i: int, steps: list[Node]) -> Symbolic:
+        """Return the graph of a module as it is called for the i-th time, which takes some steps of the model's trace.
 
         Raises:
             UnwritableError: If there is none.
         """
         if (path, i) not in self._known:
             inputs = Inputs(*unbind(plain_signature(self._model.get_submodule(path)), call.arguments))
-            span = list(spans(trace.graph_module.graph).get(path, {}).values())[i]
-            steps = [n for n in span if n.op == "call_function"]
-            self._known[path, i] = capture_part(self._model, path, inputs, trace, steps) if path else None
+            self._known[path, i] = capture_part(self._model, path, inputs, steps) if path else None
         found = self._known[path, i]
         if found is None:
             raise UnwritableError(f"{path or 'the model'} cannot be traced with open sizes, alone either")
@@ -187,7 +185,9 @@ class Grafts:
         """Return what writes a call of a module, and its nodes."""
         if self._parts is None:
             return self._rewriter, nodes
-        alone = self._parts.of(path, call, i, self.facts.trace)
+        twins = self.symbolic.twins
+        steps = [twins[n] for n in nodes if n.op == "call_function" and n in twins]
+        alone = self._parts.of(path, call, i, steps)
         [nodes] = spans(alone.graph)[path].values()
         return Rewriter(alone, self._widths, self._permissions, self._layers), nodes
 

@@ -477,6 +477,7 @@ class _Search:
         """
         modules = dict(self.subject.model.named_modules())
         working = {owner(n) or "" for n in self.subject.facts.nodes if n.op == "call_function"}
+        making = {owner(n) or "" for n in self.subject.facts.nodes if makes(n)}
         step: str | None = path
         while step is not None:
             alike = {p for p, m in modules.items() if type(m) is type(modules[step]) and place(p) == place(step)}
@@ -484,7 +485,6 @@ class _Search:
             idle = set[Node]() if shown else self._given_to(step)
             if not idle <= frozen.idle:
                 return replace(frozen, idle=frozen.idle | idle)
-            making = {owner(n) or "" for n in self.subject.facts.nodes if makes(n)}
             if step not in frozen.made | frozen.reshapes and step in making:
                 return replace(frozen, made=frozen.made | alike)
             if step not in frozen.fills | frozen.reshapes and step in filled:

@@ -54,9 +54,6 @@ class Frozen:
     modules: frozenset[str] = frozenset()
     idle: frozenset[Node] = frozenset()
 
-    def __bool__(self) -> bool:
-        return bool(self.fills or self.made or self.reshapes or self.modules or self.idle)
-
 
 @dataclass(frozen=True)
 class Allowed:

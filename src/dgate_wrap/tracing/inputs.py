@@ -39,9 +39,13 @@ class Inputs:
 
     def call(self, model: nn.Module, **extra: Any) -> Any:
         """Call a model that may write into its inputs, its attributes and its buffers; nothing of that stays."""
-        given = self.map(Tensor.clone)
+        return self.calls(model, 1, **extra)[0]
+
+    def calls(self, model: nn.Module, times: int, /, **extra: Any) -> list[Any]:
+        """Call a model several times, each call on what the ones before left of its state; nothing of that stays."""
+        given = [self.map(Tensor.clone) for _ in range(times)]
         with unchanged(model, buffers=True):
-            return model(*given.args, **given.kwargs, **extra)
+            return [model(*x.args, **x.kwargs, **extra) for x in given]
 
 
 def normalize_inputs(example_inputs: object, example_kwargs: Mapping[str, Any] | None = None) -> Inputs:

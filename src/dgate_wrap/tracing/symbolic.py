@@ -90,15 +90,14 @@ def _bounds(given: list[Node], ranges: Mapping[Any, Any]) -> list[tuple[list[tup
     return [(at, int(r.lower), int(r.upper) if r.upper.is_Integer else None) for at, r in found]
 
 
-def capture_part(model: nn.Module, path: str, inputs: Inputs, trace: Trace, span: list[Node]) -> Symbolic | None:
+def capture_part(model: nn.Module, path: str, inputs: Inputs, span: list[Node]) -> Symbolic | None:
     """Trace one module of a model alone with open sizes: they stay simple where those of the whole grow into formulas.
 
     Args:
         model: The model.
         path: The module.
         inputs: What the module is given when the model runs on the trace's inputs.
-        trace: The model's trace.
-        span: What the module does there, in order.
+        span: What the module does there in the model's trace, in order.
 
     Returns:
         Its graph, of which the twins are nodes of the model's trace; ``None`` if there is none, or if it does something
@@ -107,7 +106,7 @@ def capture_part(model: nn.Module, path: str, inputs: Inputs, trace: Trace, span
     module = model.get_submodule(path)
     with contextlib.suppress(Exception):
         alone, symbolic = _capture_open(module, inputs, None)
-        pairs = _paired(alone, trace, span)
+        pairs = _paired(alone, span)
         if pairs is None or any(_branches(inputs, *bounds) for bounds in symbolic.bounds):
             return None
         for node in list(symbolic.graph.nodes):
@@ -124,7 +123,7 @@ def _branches(inputs: Inputs, at: list[tuple[int, int]], least: int, largest: in
     return largest is not None or least > max(2, inputs.sizes[at[0]] // 2)
 
 
-def _paired(alone: Trace, trace: Trace, span: list[Node]) -> dict[Node, Node] | None:
+def _paired(alone: Trace, span: list[Node]) -> dict[Node, Node] | None:
     """Return the node of a model's trace for every node that a module's own needs; ``None`` if they do not the same.
 
     Copies do not count: a trace shows some where a recording shows none.
