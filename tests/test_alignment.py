@@ -12,6 +12,7 @@ from exports import Experts
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import randomize
+from oracles import all_gates
 from test_corpus_export import kill
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,6 +50,20 @@ class Halves(nn.Module):
         a, b = (both[..., ::2], both[..., 1::2]) if self.interleaved else both.chunk(2, -1)
         mixed = torch.bmm(F.silu(a) * b, self.down)
         return self.head(torch.einsum("be,ebd->bd", self.router(x).softmax(-1), mixed))
+
+
+class Prefixes(nn.Module):
+    """Attention to the first elements: with a single one, all queries are alike, and so are all heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(9, 9, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (3, 3)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        seen = torch.arange(x.shape[1]) <= lengths[:, None]
+        weights = (q @ k.mT).masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
 
 
 class Ramp(nn.Module):
@@ -197,6 +212,19 @@ def test_units_that_differ_by_their_places_stay_where_they_are() -> None:
     exported = check(model, x, {"up": (3, 6, kept), "down": (3, kept, 4)})
     alive = (~dead.all(0)).nonzero().flatten()
     assert torch.equal(exported.model.up, weight(model, "up")[..., alive])
+
+
+@pytest.mark.parametrize("length", [5, 1])
+def test_channels_stay_in_their_heads_where_the_example_is_too_poor_to_tell(length: int) -> None:
+    torch.manual_seed(0)
+    model = dg.gate(Prefixes().eval(), {"out.weight": torch.arange(9)})
+    with torch.no_grad():
+        all_gates(model)[0].gamma[5:8] = 0
+    x, lengths = draw(2, length, 9), torch.zeros(2, dtype=torch.long)
+    small = dg.export(model, (x, lengths), latency=False).model
+    x, lengths = draw(2, 6, 9), torch.tensor([3, 4])
+    with torch.no_grad():
+        torch.testing.assert_close(small(x, lengths), model(x, lengths))
 
 
 def test_orders_that_gain_nothing_are_left() -> None:

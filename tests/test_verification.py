@@ -113,6 +113,23 @@ def test_no_run_of_an_export_moves_the_state_of_either_model() -> None:
         assert (m.seen, m.calls) == (before, 0)
 
 
+def test_an_output_that_is_a_buffer_is_compared_as_it_was_given() -> None:
+    class Holding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("held", torch.zeros(3, 4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            held = self.get_buffer("held").add_(x)
+            return held, held[1:]
+
+    x, model = torch.randn(3, 4), Holding()
+    for n, (whole, part) in enumerate(normalize_inputs(x).calls(model, 2), start=1):
+        assert torch.equal(whole, n * x)
+        assert torch.equal(part, n * x[1:])
+    assert not model.held.any()
+
+
 class Flattening(nn.Module):
     """Writes down how many features an image has, so that four images of 3 × 3 places seem to be three of 4 × 3."""
 

@@ -145,7 +145,8 @@ def export(
         subject, doubled, given, why = _analyse(dense, inputs, clock)
         _require_varying_output(subject.facts, pruning)
         large = weight_bytes(dense) > _LARGE
-        verifier = Verifier(dense, doubled, inputs, why, given, one_by_one=large, dynamic=dynamic)
+        on_cpu = subject.model if any(p.device.type != "cpu" for p in dense.parameters()) else None
+        verifier = Verifier(dense, doubled, inputs, why, given, one_by_one=large, dynamic=dynamic, on_cpu=on_cpu)
         options = {"rewrite": rewrite, "select_inputs": select_inputs}
         with clock("analysis"):
             orders = find_orders(subject.model, subject.facts, verifier)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -24,9 +25,8 @@ from ..tracing import Inputs
 from ..tracing.inputs import without_cache
 from ..tracing.settings import evaluating
 from .copies import InDouble
+from .draws import BESIDE, SEED, Draws, holds_few, in_words, resizings
 from .selection import Kept, reduced
-
-_SEED = 20250923
 
 _OWN, _DOUBLE = "own precision", "float64"
 
@@ -35,9 +35,6 @@ _ROUNDINGS = 20
 
 _NOTHING = 1e-5
 """The share of the largest of all outputs below which one is not measured by its own size."""
-
-_LONGER, _SHORT, _SMALL = 4, 128, 2**14
-"""How much longer sequences are tried, of which length and size at most: code may do other things with long ones."""
 
 _FAR = 16
 """How many times as large as in the example a size may be at which networks are compared."""
@@ -86,7 +83,7 @@ class Certificate:
     precision: str
     probes: list[Probe]
     skipped: list[Probe]
-    seed: int = _SEED
+    seed: int = SEED
     torch_version: str = str(torch.__version__)
     removed: dict[str, tuple[list[int], list[int] | None]] = field(
         default_factory=dict[str, tuple[list[int], list[int] | None]]
@@ -112,84 +109,6 @@ class Mismatch:
             expected="equal outputs on the example, on random inputs and on your batches",
             mend="report the model; dg.ungate(model) gives the full-size network meanwhile",
         )
-
-
-def _places_by_size(example: Inputs) -> dict[int, list[tuple[int, int]]]:
-    """Return where each size stands in the inputs: tensors by position, and their axes."""
-    places: dict[int, list[tuple[int, int]]] = {}
-    for at, n in example.sizes.items():
-        places.setdefault(n, []).append(at)
-    return places
-
-
-def resizings(example: Inputs, dynamic: str = "all") -> Iterator[list[tuple[str, dict[tuple[int, int], int]]]]:
-    """Yield, per size of the inputs and new size, the ways to change it: a name, and the new sizes by tensor and axis.
-
-    A size is changed on all axes that have it. Where those lie at several positions (a batch as large as a width), it
-    is changed at each position alone first; all together, which comes last, is for what needs that.
-
-    Args:
-        example: Example inputs.
-        dynamic: Which sizes: ``"all"``, or that of the ``"batch"``, along the first axes.
-    """
-    places = _places_by_size(example)
-    batch = next((x.shape[0] for x in example.leaves() if isinstance(x, Tensor) and x.dim()), None)
-    if dynamic == "batch":
-        places = {n: [at for at in found if at[1] == 0] for n, found in places.items() if n == batch}
-    for size in sorted(places, key=lambda n: n != batch):  # the batch first
-        positions = sorted({axis for _, axis in places[size]})
-        ways = [[p for p in places[size] if p[1] == axis] for axis in positions]
-        ways += [places[size]] * (len(ways) > 1)
-        news = [size + 1, 1 if size == batch else max(1, size // 2)]
-        if size != batch and _are_sequences(example, places[size]):
-            news.append(_LONGER * size + 1)
-        for new in dict.fromkeys(news):
-            if new != size:
-                yield [(_says(way, size, new), dict.fromkeys(way, new)) for way in ways]
-
-
-def _are_sequences(example: Inputs, places: list[tuple[int, int]]) -> bool:
-    """Tell whether much longer inputs are cheap: axes behind the batch, of small tensors that are no images."""
-    tensors = [x for x in example.leaves() if isinstance(x, Tensor)]
-    small = all(tensors[i].dim() <= 3 and tensors[i].numel() <= _SMALL for i, _ in places)
-    return small and all(axis > 0 and tensors[i].shape[axis] <= _SHORT for i, axis in places)
-
-
-def _says(way: list[tuple[int, int]], size: int, new: int) -> str:
-    axes = sorted({axis for _, axis in way})
-    if axes == [0]:
-        return f"random, batch {new}"
-    return f"random, {new} in place of {size} along axis {' and '.join(map(str, axes))}"
-
-
-class _Draws:
-    """Draws random inputs like the example.
-
-    Floating-point inputs come from a normal distribution with the mean and deviation of the example; integers and
-    booleans are picked from the values of the example.
-    """
-
-    def __init__(self, example: Inputs) -> None:
-        self._example = example
-        self._generator = torch.Generator().manual_seed(_SEED)
-
-    def __call__(self, sizes: dict[tuple[int, int], int] | None = None, spread: float = 1.0) -> Inputs:
-        order = iter(range(len(self._example.leaves())))
-        sizes = sizes or {}
-
-        def draw(x: Tensor) -> Tensor:
-            i = next(order)
-            return self._draw(x, [sizes.get((i, axis), n) for axis, n in enumerate(x.shape)], spread)
-
-        return self._example.map(draw)
-
-    def _draw(self, x: Tensor, shape: list[int], spread: float) -> Tensor:
-        if x.is_floating_point():
-            noise = torch.randn(shape, generator=self._generator, dtype=torch.float64)
-            deviation = x.double().std().nan_to_num(1.0) if x.numel() > 1 else torch.ones(())
-            return (noise.to(x.device) * deviation.clamp_min(1e-3) * spread + x.double().mean()).to(x.dtype)
-        picks = torch.randint(max(1, x.numel()), shape, generator=self._generator).to(x.device)
-        return x.flatten()[picks] if x.numel() else x
 
 
 _PLAIN = (int, float, complex, str, bytes, type(None))
@@ -284,6 +203,8 @@ class Verifier:
         given: What ``doubled`` gives on the example, if it was run already.
         one_by_one: Whether to compare in float64 after all, by widening operation by operation.
         dynamic: Which sizes may be others than in the example.
+        on_cpu: The reference on the CPU if it lies elsewhere. It runs random inputs first, since an index out of bounds
+            is an error there, and the end of the process on a GPU.
 
     Raises:
         ExportError: If the reference is not finite on the example, draws random numbers, or gives the same for all
@@ -300,25 +221,27 @@ class Verifier:
         *,
         one_by_one: bool = False,
         dynamic: str = "all",
+        on_cpu: nn.Module | None = None,
     ) -> None:
         start = time.perf_counter()
-        self._model, self._doubled, self._one_by_one = model, doubled, one_by_one
+        self._model, self._doubled, self._one_by_one, self._on_cpu = model, doubled, one_by_one, on_cpu
         self.precision, self.dynamic = precision, dynamic
         self.mismatch: Mismatch | None = None
         self.skipped: list[Probe] = []
-        self._draws = draws = _Draws(example)
+        self._draws = draws = Draws(example)
+        self._beside: tuple[int, int] | None = None
         first = _Reference("example", example, run(model, example), given or self._in_double(example))
         self._require_finite(first)
         self._tolerance = self._tolerances(first)
         self._require_repeatable(first)
         self._references = [first]
         self._require_varying(first, draws)
+        self._add_beside()
         for ways in resizings(example, dynamic):
             alone = ways[:-1] or ways
-            accepted = [self._add(name, draws(sizes)) for name, sizes in alone]
+            accepted = [self._add_resized(name, sizes) for name, sizes in alone]
             if len(ways) > 1 and not all(accepted):
-                name, sizes = ways[-1]
-                self._add(name, draws(sizes))
+                self._add_resized(*ways[-1])
         self.preparing, self.checking = time.perf_counter() - start, 0.0
 
     def probe_beyond(self, bounds: Iterable[tuple[list[tuple[int, int]], int, int | None]]) -> None:
@@ -333,7 +256,7 @@ class Verifier:
             news = [] if largest is None or largest >= _FAR * size else [largest + 1]
             news += [least - 1] if least > 2 else []  # a trace never holds for 1, which is a probe anyway
             for new in news:
-                self._add(_says(places, size, new), self._draws(dict.fromkeys(places, new)))
+                self._add_resized(in_words(places, size, new), dict.fromkeys(places, new))
         self.preparing += time.perf_counter() - start
 
     @property
@@ -344,7 +267,7 @@ class Verifier:
     def _in_double(self, inputs: Inputs) -> list[Any] | None:
         """Run the reference in float64; ``None`` if it is not to be."""
         if self._doubled is not None:
-            return run(self._doubled, inputs.map(Tensor.cpu).map(to_double))
+            return run(self._doubled, self._analysed(inputs))
         if not self._one_by_one:
             return None
         try:
@@ -359,6 +282,8 @@ class Verifier:
         """Add a random probe, unless the reference refuses it or has no finite answer."""
         shapes = _shapes(inputs)
         try:
+            if self._on_cpu is not None:
+                run(self._on_cpu, self._analysed(inputs))
             own, double = run(self._model, inputs), None
             if not self._one_by_one or len(self._references) == 2:  # slow: the example, and one of another size
                 double = self._in_double(inputs)
@@ -396,7 +321,7 @@ class Verifier:
                 mend="F.dropout(x, p, training=self.training), or nn.Dropout, in place of dropout that is always on",
             )
 
-    def _require_varying(self, first: _Reference, draws: _Draws) -> None:
+    def _require_varying(self, first: _Reference, draws: Draws) -> None:
         """Add random inputs of the example's shapes, ever larger, until one of them moves an output."""
         still = {i for i, x in enumerate(first.inputs.leaves()) if isinstance(x, Tensor) and x.numel()}
         for spread in _SPREADS:
@@ -416,6 +341,28 @@ class Verifier:
         if floats and not still and len(kinds) == 1:  # indices beside features may count, at values not in the example
             seen = "its outputs are the same on the example and on random inputs"
             raise constant_output(f"{seen}; if others move them, export on those")
+
+    def _add_beside(self) -> None:
+        """Add whole numbers that the example does not hold, where it holds few: lengths that are all 0 say little.
+
+        A model may refuse some, such as a class too many or a length of none; others are tried then.
+        """
+        if not any(holds_few(x) for x in self._references[0].inputs.leaves()):
+            return
+        skipped = len(self.skipped)
+        for beside in BESIDE:
+            del self.skipped[skipped:]
+            if self._add("random, of other whole numbers", self._draws(beside=beside)):
+                self._beside = beside
+                return
+
+    def _add_resized(self, name: str, sizes: dict[tuple[int, int], int]) -> bool:
+        """Add a random probe of other sizes, with whole numbers that the example does not hold if it is taken so."""
+        if self._beside is not None and self._add(name, self._draws(sizes, beside=self._beside)):
+            return True
+        if self._beside is not None:
+            self.skipped.pop()
+        return self._add(name, self._draws(sizes))
 
     def check(
         self, small: nn.Module, exact: nn.Module, kept: Kept | None = None, *, computed: bool = True
@@ -439,12 +386,24 @@ class Verifier:
             self.checking += time.perf_counter() - start
 
     def agrees(self, exact: nn.Module) -> bool:
-        """Tell whether a network in the precision of the analysis computes on the example what the reference does."""
-        first = self._references[0]
-        inputs, reference = first.inputs.map(Tensor.cpu), first.own
-        if self._doubled is not None and first.double is not None:
-            inputs, reference = inputs.map(to_double), first.double
-        return relative_error(reference, run(exact, inputs)) <= self._tolerance[_OWN]
+        """Tell whether a network in the precision of the analysis computes what the reference does.
+
+        It is run at the example's sizes, and at one more beside another batch: where a sequence has a single element,
+        say, attention moves nothing.
+        """
+        sizes = self._references[0].inputs.sizes
+        alike = [r for r in self._references if r.inputs.sizes == sizes]
+        others = (r for r in self._references if any(n > sizes[at] for at, n in r.inputs.sizes.items() if at[1] > 0))
+        return all(self._agrees(exact, r) for r in (*alike, *itertools.islice(others, 1)))
+
+    def _agrees(self, exact: nn.Module, r: _Reference) -> bool:
+        reference = r.own if self._doubled is None or r.double is None else r.double
+        return relative_error(reference, run(exact, self._analysed(r.inputs))) <= self._tolerance[_OWN]
+
+    def _analysed(self, inputs: Inputs) -> Inputs:
+        """Return inputs as the analysis takes them: on the CPU, in float64 if there is a reference in it."""
+        here = inputs.map(Tensor.cpu)
+        return here if self._doubled is None else here.map(to_double)
 
     def _tolerance_of(self, *, computed: bool) -> dict[str, float]:
         """Return the tolerances: constants that were computed in the model's own precision are as exact as that."""

@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -44,8 +45,15 @@ class Inputs:
     def calls(self, model: nn.Module, times: int, /, **extra: Any) -> list[Any]:
         """Call a model several times, each call on what the ones before left of its state; nothing of that stays."""
         given = [self.map(Tensor.clone) for _ in range(times)]
+        buffers = {b.untyped_storage().data_ptr() for b in model.buffers()}
+
+        def apart(x: Tensor) -> Tensor:  # what is a buffer, or a view of one, would be put back as it was too
+            strided = x.layout == torch.strided
+            return x.clone() if strided and x.untyped_storage().data_ptr() in buffers else x
+
         with unchanged(model, buffers=True):
-            return [model(*x.args, **x.kwargs, **extra) for x in given]
+            outputs = (model(*x.args, **x.kwargs, **extra) for x in given)
+            return [pytree.tree_map_only(Tensor, apart, output) for output in outputs]
 
 
 def normalize_inputs(example_inputs: object, example_kwargs: Mapping[str, Any] | None = None) -> Inputs:
