@@ -307,9 +307,7 @@ class _Search:
         small = plan.apply(share(self.dense), own)
         exact = small if self.subject.model is self.dense else self._exact(draft)
         try:
-            certificate = self.verifier.check(
-                small, exact, plan.taken, computed=exact is small and self._computed(draft, widths)
-            )
+            certificate = self.verifier.check(small, exact, plan.taken, computed=self._computed(draft, widths))
             if exact is not small and not agreed and self._activation_bytes <= _MUCH:
                 self._require_agreement(draft, widths)
         except ExportError as e:

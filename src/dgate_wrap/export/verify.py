@@ -453,10 +453,8 @@ class Verifier:
             model, inputs = small, reduced(probe.inputs, small, kept)
             mode: Any = contextlib.nullcontext()
             if precision == _DOUBLE:
-                model, inputs = exact, inputs.map(to_double)
-                if self._doubled is not None:
-                    inputs = inputs.map(Tensor.cpu)
-                else:
+                model, inputs = exact, inputs.map(Tensor.cpu).map(to_double)
+                if self._doubled is None:
                     mode = InDouble()
             try:
                 with mode:
