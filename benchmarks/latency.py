@@ -41,9 +41,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import dgate_wrap as dg
+from dgate_wrap.flops import count_flops
+from dgate_wrap.tracing import normalize_inputs
 
 Inputs = dict[str, Any]
 """Keyword inputs."""
@@ -110,13 +111,6 @@ def zero(model: nn.Module, share: float, *, uneven: bool) -> None:
     for part, rank in zip(parts, ranks, strict=True):
         dead = rank < share if uneven else rank.argsort().argsort() < share * part.num_groups
         part.gamma[dead] = 0
-
-
-def flops(model: nn.Module, inputs: Inputs) -> int:
-    """Count floating-point operations, a recurrent layer step by step (it is one kernel otherwise)."""
-    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
-        model(**inputs)
-    return counter.get_total_flops()
 
 
 def clock() -> float:
@@ -207,7 +201,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         networks = {"dense": dense, "copy": copied, **small}
         for batch in args.batches:
             inputs = MODELS[name][2](batch)
-            promise = [flops(networks[n], inputs) for n in ("dense", "exported")]
+            promise = [count_flops(networks[n], normalize_inputs(inputs))[""] for n in ("dense", "exported")]
             for mode in ("eager", *["compiled"] * (not args.no_compile)):
                 torch._dynamo.reset()
                 run: dict[str, Any] = networks

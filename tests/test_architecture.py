@@ -14,7 +14,7 @@ LAYERS = [
     ["errors"],
     ["labels", "factorization", "optimizers", "copying"],
     ["tracing"],
-    ["gates"],
+    ["gates", "flops"],
     ["groupings"],
     ["verdicts"],
     ["gating", "explain"],

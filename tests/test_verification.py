@@ -192,6 +192,34 @@ def test_a_way_that_only_long_sequences_take_keeps_what_it_needs() -> None:
 
 
 @pytest.mark.usefixtures("no_retreat")
+class Windowed(nn.Module):
+    """Attention that weighs far positions by head, of sequences that are longer than six."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.width = nn.Linear(8, 24), nn.Linear(8, 8), 4
+        self.register_buffer("slopes", torch.tensor([1.0, 0.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (-1, self.width)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        scores = q @ k.mT
+        if x.shape[1] > 6:
+            place = torch.arange(x.shape[1])
+            scores = scores - self.get_buffer("slopes")[:, None, None] * (place - place[:, None]).abs()
+        return x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_what_fails_only_in_another_graph_is_kept() -> None:
+    torch.manual_seed(0)
+    x, longer = torch.randn(2, 6, 8), torch.randn(2, 9, 8)
+    model = dg.gate(nn.Sequential(Windowed(), nn.Linear(8, 3)).eval(), "heads", example_inputs=x)
+    with torch.no_grad():
+        all_gates(model)[0].gamma[0] = 0
+    exported = dg.export(model, x, latency=False)
+    torch.testing.assert_close(exported.model(longer), model(longer))
+    assert {k.parameter for k in exported.report.kept} == {"0.qkv.weight", "0.qkv.bias"}
+
+
 def test_a_wrong_fold_is_caught_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     constant = plan.folded_constant
     monkeypatch.setattr(plan, "folded_constant", lambda *args: 1.01 * constant(*args))

@@ -8,9 +8,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import PenaltyError
+from .flops import flop_counter
 from .gates import by_gates, require_gated
 from .gating import without_gates
 from .tracing import Structure, Trace, capture, find_structure
@@ -166,6 +166,6 @@ def _flops(node: Node) -> int:
         return torch.empty(x.shape, dtype=x.dtype, device="meta") if is_tensor(n) else x
 
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), empty)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         cast(Any, node.target)(*args, **kwargs)
     return counter.get_total_flops()

@@ -10,14 +10,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.flop_counter import FlopCounterMode
 
 from .diagnostics import groups as list_groups
 from .errors import PruneError
+from .flops import count_flops
 from .gates import GatedTensor, by_gates, require_gated
 from .penalty import group_sizes
 from .tracing import Inputs, normalize_inputs
-from .tracing.settings import evaluating, unchanged, unfused
 
 Scope = Literal["groups", "parameters", "flops"]
 
@@ -184,22 +183,6 @@ def _flops(model: nn.Module, tensors: Sequence[GatedTensor], inputs: Inputs) -> 
             total += share * by_module.get(prefix[id(host)], 0)
         out.append(total)
     return torch.cat(out)
-
-
-def count_flops(model: nn.Module, inputs: Inputs) -> dict[str, int]:
-    """Count the floating-point operations of one forward in eval mode, by module name; ``""`` is the whole model."""
-    counter = FlopCounterMode(display=False)
-    # detached: the counter's hooks fail on views of parameters that are made without autograd
-    detached = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
-    with evaluating(model), unchanged(model, buffers=True), torch.no_grad(), unfused(), counter:
-        given = inputs.map(Tensor.clone)
-        torch.func.functional_call(model, detached, given.args, given.kwargs)
-    root = type(model).__name__
-    found: dict[str, int] = {}
-    for name, by_op in counter.get_flop_counts().items():
-        short = "" if name in ("Global", root) else name.removeprefix(f"{root}.")
-        found[short] = max(found.get(short, 0), sum(by_op.values()))
-    return found
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..pruning import PruneReport, count_flops
+from ..flops import count_flops
+from ..pruning import PruneReport
 from ..tracing import Inputs
 from ..tracing.settings import evaluating, unchanged
 from .verify import Certificate
