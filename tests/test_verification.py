@@ -191,7 +191,6 @@ def test_a_way_that_only_long_sequences_take_keeps_what_it_needs() -> None:
         assert torch.allclose(model(x), small(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("no_retreat")
 class Windowed(nn.Module):
     """Attention that weighs far positions by head, of sequences that are longer than six."""
 
@@ -220,6 +219,7 @@ def test_what_fails_only_in_another_graph_is_kept() -> None:
     assert {k.parameter for k in exported.report.kept} == {"0.qkv.weight", "0.qkv.bias"}
 
 
+@pytest.mark.usefixtures("no_retreat")
 def test_a_wrong_fold_is_caught_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     constant = plan.folded_constant
     monkeypatch.setattr(plan, "folded_constant", lambda *args: 1.01 * constant(*args))
