@@ -106,6 +106,39 @@ def test_zeroing_an_expert_of_a_three_dimensional_parameter_leaves_it_out(way: s
     assert all(t.broadcast_to(3, *t.shape[1:]).flatten(1).amax(1).unique().numel() == 3 for t in labels.values())
 
 
+class Tasks(Branched):
+    """Two tasks with a router each: over the same experts, or over two of these and one of its own."""
+
+    branches = 4
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.own, self.experts = own, nn.ModuleList(mlp(6, 5, 6) for _ in range(4))
+        self.routers, self.heads = (nn.ModuleList(nn.Linear(6, n) for _ in range(2)) for n in (3 if own else 4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = [self.keep(i, expert(x)) for i, expert in enumerate(self.experts)]
+        outputs: list[Tensor] = []
+        for task, (router, head) in enumerate(zip(self.routers, self.heads, strict=True)):
+            mixed = torch.stack([*each[:2], each[2 + task]] if self.own else each, 1)
+            outputs.append(head((router(x).softmax(-1).unsqueeze(-1) * mixed).sum(1)))
+        return torch.cat(outputs, 1)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_experts_that_several_tasks_share_are_gated_once_and_go(own: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Tasks(own), torch.randn(3, 6).double()
+    check_skips("experts", model, x)
+    dg.gate(model, "experts", example_inputs=x)
+    assert len(dg.groups(model).alive) == 4
+    with torch.no_grad():
+        dict.fromkeys(t.gates for t in dg.gates.gated_tensors(model)).popitem()[0].gamma.zero_()
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.gone == ["experts.3"]
+    assert torch.allclose(exported.model(2 * x), model(2 * x), atol=1e-6)
+
+
 class Attending(nn.Module):
     """Channel attention, spatial attention and pooling by attention: no experts."""
 

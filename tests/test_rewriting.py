@@ -8,9 +8,10 @@ import json
 import pickle
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -327,6 +328,59 @@ def test_dead_features_are_selected_inside_or_not_taken(select: bool, tmp_path: 
     assert torch.equal(dg.load(dg.save(exported, tmp_path), build())(given), exported.model(given))
 
 
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+class Mixed(nn.Module):
+    """Puts features together that it is given apart, within containers of a kind."""
+
+    def __init__(self, take: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.first, self.last, self.take = nn.Linear(7, 8), nn.Linear(8, 2), take
+
+    def forward(self, data: Any, *more: Any) -> Tensor:
+        return self.last(self.first(torch.cat(self.take(data, *more), -1)).relu())
+
+
+CONTAINERS: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[str]]] = {
+    "arguments": (lambda x, y: (x, y), lambda x, y: (x, y), ["data", "args_1"]),
+    "dict": (lambda x, y: ({"a.b": x, "y": y},), lambda d: (d["a.b"], d["y"]), ["data['a.b']", "data['y']"]),
+    "list": (lambda x, y: ([x, y],), lambda d: (d[0], d[1]), ["data[0]", "data[1]"]),
+    "tuple": (lambda x, y: ((x, y),), lambda d: d, ["data[0]", "data[1]"]),
+    "nested": (lambda x, y: ({"k": [x, {"y": y}]},), lambda d: (d["k"][0], d["k"][1]["y"]), []),
+    "named tuple": (lambda x, y: (Pair(x, y),), lambda d: (d.x, d.y), []),
+}
+
+
+@pytest.mark.parametrize("select", [True, False])
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_dead_features_of_inputs_in_containers_are_selected(kind: str, select: bool, tmp_path: Path) -> None:
+    make, take, names = CONTAINERS[kind]
+    x, y = torch.randn(3, 4), torch.randn(3, 3)
+    model = dg.gate(Mixed(take), "input_features", example_inputs=make(x, y)).eval()
+    dead = [0, 2, 5]
+    for gates in all_gates(model):
+        assert gates.num_groups == 7
+        with torch.no_grad():
+            gates.gamma[dead] = 0
+    exported = dg.export(model, make(x, y), select_inputs=select, latency=False)
+    assert exported.model.first.weight.shape == (8, 4)
+    assert not names or list(exported.report.inputs) == names
+    new, other = torch.randn(5, 4), torch.randn(5, 3)
+    given = make(new, other) if select else make(new[:, [1, 3]], other[:, [0, 2]])
+    kept = copy.deepcopy(given)
+    assert torch.allclose(exported.model(*given), model(*make(new, other)), atol=1e-6)
+    for a, b in zip(pytree.tree_leaves(given), pytree.tree_leaves(kept), strict=True):
+        assert torch.equal(a, b)
+    loaded = dg.load(dg.save(exported, tmp_path), Mixed(take))
+    assert torch.equal(loaded(*given), exported.model(*given))
+    assert torch.equal(copy.deepcopy(exported.model)(*given), exported.model(*given))
+    compiled = torch.compile(exported.model, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(*given), exported.model(*given), atol=1e-6)
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
@@ -349,6 +403,72 @@ def test_recurrent_units_go_from_every_layer_and_direction(kind: Any, both: bool
     assert small.rnn.hidden_size == 4
     new = torch.randn(2, 6, 5)
     assert torch.allclose(small(new), model(new), atol=1e-6)
+
+
+class ByHand(nn.Module):
+    """A recurrent cell of two linear layers, which starts from zeros."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        gates = {"rnn": 1, "lstm": 4, "gru": 3}[kind]
+        self.kind, self.width = kind, 8
+        self.inputs, self.states, self.head = nn.Linear(5, 8 * gates), nn.Linear(8, 8 * gates), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = c = torch.zeros(x.shape[0], self.width, device=x.device)
+        for step in x.unbind(1):
+            a, b = self.inputs(step), self.states(h)
+            if self.kind == "rnn":
+                h = (a + b).tanh()
+            elif self.kind == "lstm":
+                i, f, g, o = (a + b).chunk(4, -1)
+                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                h = o.sigmoid() * c.tanh()
+            else:
+                (r, z, new), (s, y, old) = a.chunk(3, -1), b.chunk(3, -1)
+                z = (z + y).sigmoid()
+                h = (1 - z) * (new + (r + s).sigmoid() * old).tanh() + z * h
+        return self.head(h)
+
+
+@pytest.mark.parametrize("kind", ["rnn", "lstm", "gru"])
+def test_units_of_a_cell_that_is_written_by_hand_go(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5)
+    model = dg.gate(ByHand(kind).eval(), "hidden", example_inputs=x)
+    [gates] = all_gates(model)
+    assert gates.num_groups == 8
+    with torch.no_grad():
+        gates.gamma[[0, 3, 4, 6]] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.model.states.weight.shape == (4 * model.states.out_features // 8, 4)
+    for new in (x, torch.randn(2, 4, 5)):
+        assert torch.allclose(exported.model(new), model(new), atol=1e-6)
+    loaded = dg.load(dg.save(exported, tmp_path), ByHand(kind))
+    assert torch.equal(loaded(x), exported.model(x))
+
+
+def test_units_that_learned_queries_alone_reach_go_and_constants_stay_trainable() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(4, 6))
+            self.up, self.down, self.keys, self.head = (nn.Linear(*n) for n in ((6, 10), (10, 6), (5, 6), (6, 2)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            queries, keys = self.down(self.up(self.queries).sigmoid()), self.keys(x)
+            return self.head((queries @ keys.mT).softmax(-1) @ keys)
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 5)
+    model = dg.gate(Reads().eval(), {"down.weight": torch.arange(10), "keys.bias": torch.full((6,), -1)})
+    with torch.no_grad():
+        all_gates(model)[0].gamma[[1, 2, 8]] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.model.up.weight.shape == (7, 6)
+    assert torch.allclose(exported.model(x), model(x), atol=1e-6)
+    exported.model(x).sum().backward()
+    assert all(p.grad is not None for p in exported.model.parameters())
 
 
 def test_columns_of_a_table_go_with_what_reads_them() -> None:

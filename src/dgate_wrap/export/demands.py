@@ -517,7 +517,11 @@ def _(family: Contraction, node: Node, w: Vectors) -> None:
     elif bias is not None:
         w.link(bias, 0, node, family.out_axis)
     if x not in w.facts.varying:
-        w.keep_axis(x, family.x_axis, w.says(node, "it is computed from parameters alone"))
+        low, high = w.facts.extremes(x, family.x_axis)
+        adds = (low != 0) | (high != 0)  # which no bias takes, so that it is trained further
+        if family.groups == 1:
+            adds = adds & project(w.facts.values[weight] != 0, family.w_in)
+        w.grow(x, family.x_axis, adds, w.says(node, "it is computed from parameters alone"))
     if family.groups == 1:
         if node not in w.allowed.scattered:
             w.link(weight, family.w_out, node, family.out_axis)

@@ -39,7 +39,7 @@ from .integers import Integers, Patch
 from .padding import find_patch, padded
 from .plan import Draft, Permissions, Plan, make_plan, remembering
 from .scatter import partial_rows
-from .selection import places, reduced
+from .selection import is_selectable, reduced
 from .vectors import Allowed, Frozen, makes
 from .verify import Certificate, Mismatch, Verifier, to_double
 from .widths import Widths
@@ -173,7 +173,6 @@ class _Search:
         self._failed: dict[int, tuple[ExportError, Mismatch, nn.Module, Widths, Plan]] = {}
         self._tried_to_open = self._tried_elsewhere = False
         self._set(subject)
-        self._arguments = frozenset(places(dense, subject.inputs))
         self._select_inputs = select_inputs
         self.takes_less = False
         """Whether a network was tried that takes less than whole inputs."""
@@ -245,12 +244,14 @@ class _Search:
         """
         if opened.symbolic is None:
             return set()
-        twins, sources = opened.symbolic.twins, opened.facts.trace.sources
-        inputs = [n for n in opened.symbolic.graph.nodes if n.op == "placeholder" and sources[twins[n]].kind == "input"]
-        given = [n for n in inputs if isinstance(n.meta["val"], Tensor)]
+        given = _given(opened, opened.symbolic)
+        return {(i, axis) for i, axis in self._varied if not is_open(given[i].meta["val"].shape[axis])}
+
+    @property
+    def _varied(self) -> set[tuple[int, int]]:
+        """The axes of which the dense model takes other sizes than the example's, as `Inputs.sizes` names them."""
         sizes = [x.sizes for x in self.verifier.inputs]
-        varied = {at for at, size in sizes[0].items() if any(s[at] != size for s in sizes)}
-        return {(i, axis) for i, axis in varied if not is_open(given[i].meta["val"].shape[axis])}
+        return {at for at, size in sizes[0].items() if any(s[at] != size for s in sizes)}
 
     @property
     def calls(self) -> list[Call]:
@@ -286,14 +287,15 @@ class _Search:
         """Tell whether an input may be cut along an axis: one of its own size, of a plain argument."""
         subject = self.subject
         source = subject.facts.trace.sources[node]
-        if source.name not in self._arguments or not source.value.is_floating_point():
+        if not source.value.is_floating_point() or not is_selectable(source.name, subject.inputs, self.dense):
             return False
         if self.whole_inputs:
             return False
         if subject.symbolic is None:  # sizes that vary are told from others only if something can be gained
             return axis > 0 and not self._tried_to_open
-        [twin] = [n for n, twin in subject.symbolic.twins.items() if twin is node]
-        return not is_open(twin.meta["val"].shape[axis])
+        given = _given(subject, subject.symbolic)
+        [i] = [i for i, n in enumerate(given) if subject.symbolic.twins[n] is node]
+        return not is_open(given[i].meta["val"].shape[axis]) or (i, axis) not in self._varied
 
     def _proven(
         self, draft: Draft, widths: Widths, frozen: Frozen, *, agreed: bool = False, masked: bool = False
@@ -536,6 +538,13 @@ class _Search:
                 break
             draft = better
         return draft, culprit
+
+
+def _given(subject: Subject, symbolic: Symbolic) -> list[Node]:
+    """Return the tensors among the inputs of a graph with open sizes, in their order."""
+    twins, sources = symbolic.twins, subject.facts.trace.sources
+    inputs = [n for n in symbolic.graph.nodes if n.op == "placeholder" and sources[twins[n]].kind == "input"]
+    return [n for n in inputs if isinstance(n.meta["val"], Tensor)]
 
 
 def _helping(

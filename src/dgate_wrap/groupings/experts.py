@@ -42,8 +42,8 @@ def experts(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
     Experts are found as values that are multiplied by a weight per token, the same for all channels, which comes from
     a softmax or sigmoid by choosing and scaling only, and that are then added up. The group is the last weights of an
     expert (weight and bias), or its slice of a parameter that holds them all; zeroing it makes the expert's
-    contribution exactly zero, whatever the router says. Channel attention (squeeze-excite) and the attention of tokens
-    to each other are no mixtures of experts.
+    contribution exactly zero, whatever the router says. Experts that several routers share, of one task each, are gated
+    once. Channel attention (squeeze-excite) and the attention of tokens to each other are no mixtures of experts.
     """
     flow = Flow(trace)
     router = _Router(flow)
@@ -62,10 +62,16 @@ def experts(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
         if sum(map(_count, parts)) > 1:
             gates = frozenset(p.node for p in component)
             found += [Found(p, gates) for p in parts]
-    kept = keep_exclusive(flow, found, refused)
+    kept = keep_exclusive(flow, [Found(f.projections, _gates(f, found)) for f in found], refused)
     if not kept:
         raise nothing_found("mixture of experts", f"{seen} products with routing weights", refused)
     return join(kept)
+
+
+def _gates(one: Found, everything: list[Found]) -> frozenset[Node]:
+    """Return the products that weigh the same experts: those of several tasks, each with a router of its own."""
+    weights = one.projections.labels.keys()
+    return frozenset[Node]().union(*(f.gates for f in everything if f.projections.labels.keys() & weights))
 
 
 def _walk(flow: Flow, p: _Product) -> Projections | None:
