@@ -130,6 +130,16 @@ def test_an_output_that_is_a_buffer_is_compared_as_it_was_given() -> None:
     assert not model.held.any()
 
 
+@pytest.mark.parametrize("heads", [(4, 0, 0), (2, 2, 0), (0, 0, 0)])
+def test_attention_without_heads_is_an_error_and_not_the_end_of_the_process(heads: tuple[int, ...]) -> None:
+    class Attends(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, value=v, enable_gqa=True)
+
+    with pytest.raises(RuntimeError, match="attention without heads"):
+        normalize_inputs(tuple(torch.randn(1, n, 5, 4) for n in heads)).call(Attends())
+
+
 class Flattening(nn.Module):
     """Writes down how many features an image has, so that four images of 3 × 3 places seem to be three of 4 × 3."""
 

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch._decomp.decompositions as decompositions
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import transformer
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 
@@ -67,6 +69,22 @@ def unfused() -> Generator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+class HeadsNeeded(TorchFunctionMode):
+    """Refuse attention without heads, by whose number torch up to 2.12 divides, which ends the process.
+
+    Code that slices a weight at numbers of its own comes to that where the weight is smaller.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Call one function."""
+        given = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            tensors = [*args[:3], *(given[n] for n in ("query", "key", "value") if n in given)]
+            if any(x.dim() > 2 and x.shape[-3] == 0 for x in tensors):
+                raise RuntimeError("attention without heads")
+        return func(*args, **given)
 
 
 @contextlib.contextmanager
