@@ -227,6 +227,28 @@ def test_channels_stay_in_their_heads_where_the_example_is_too_poor_to_tell(leng
         torch.testing.assert_close(small(x, lengths), model(x, lengths))
 
 
+@pytest.mark.parametrize("size", [300, 500])
+def test_channels_stay_in_their_heads_where_a_long_input_is_sampled_down_to_one_element(size: int) -> None:
+    class Sampled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.attention = nn.Conv1d(1, 9, 250, stride=250), Prefixes()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.front(x).transpose(1, 2)
+            return self.attention(x, torch.full((x.shape[0],), x.shape[1]))
+
+    torch.manual_seed(0)
+    model = dg.gate(Sampled().eval(), {"attention.out.weight": torch.arange(9)})
+    with torch.no_grad():
+        all_gates(model)[0].gamma[5:8] = 0
+    exported = dg.export(model, draw(2, 1, size), latency=False)
+    assert [2, 1, 2 * size + 1] in [p.shapes[0] for p in exported.report.certificate.probes]
+    x = draw(2, 1, 1100)
+    with torch.no_grad():
+        torch.testing.assert_close(exported.model(x), model(x))
+
+
 def test_orders_that_gain_nothing_are_left() -> None:
     x = draw(5, 6)
     same = torch.zeros(4, 1, 12, dtype=torch.int64) + torch.arange(12)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..tracing import Structure, find_structure
+from ..tracing.families import Attention, Family, Mixing
+from ..tracing.operations import op_name, shape_of
 from ..tracing.origins import place
 from ..tracing.structure import compact, label_of
 from .copies import share
@@ -82,6 +84,10 @@ def find_orders(model: nn.Module, facts: Facts, verifier: Verifier) -> dict[str,
         verifier: Knows what the model computes.
     """
     if not any(_could_gain(facts, n) for n in facts.nodes if n in facts.varying):
+        return {}
+    if any(
+        _over_one(n, f) for n, f in facts.families.items()
+    ):  # all orders may give the same, for want of anything else
         return {}
     structure = find_structure(facts.trace)
     finder = _Finder(model, facts, structure, verifier)
@@ -198,6 +204,15 @@ def _by_parameter(classes: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, 
             known.append(found)
     for name, known in together.items():
         yield from ((name, compact(t)) for t in known)
+
+
+def _over_one(node: Node, family: Family) -> bool:
+    """Tell whether a softmax, or attention, works over a single element."""
+    if isinstance(family, Attention):
+        return shape_of(family.key)[-2] == 1
+    if not isinstance(family, Mixing) or op_name(node) != "softmax":
+        return False
+    return all(shape_of(family.x)[a] == 1 for a in family.mixed)
 
 
 def _could_gain(facts: Facts, node: Node) -> bool:

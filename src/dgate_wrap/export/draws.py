@@ -11,8 +11,11 @@ from ..tracing import Inputs
 
 SEED = 20250923
 
-_LONGER, _SHORT, _SMALL = 4, 128, 2**14
-"""How much longer sequences are tried, of which length and size at most: code may do other things with long ones."""
+_LONGER, _SHORT, _TWICE, _SMALL = 4, 128, 2, 2**14
+"""How much longer sequences are tried, up to which length and in longer ones, and of which size at most.
+
+Code may do other things with long ones, and what a short one is sampled down to may be a single element.
+"""
 
 _FEW = 3
 """How far whole numbers of the example may lie apart to be so few that others are tried too."""
@@ -49,7 +52,7 @@ def resizings(example: Inputs, dynamic: str = "all") -> Iterator[list[tuple[str,
         ways += [places[size]] * (len(ways) > 1)
         news = [size + 1, 1 if size == batch else max(1, size // 2)]
         if size != batch and _are_sequences(example, places[size]):
-            news.append(_LONGER * size + 1)
+            news.append((_LONGER if size <= _SHORT else _TWICE) * size + 1)
         for new in dict.fromkeys(news):
             if new != size:
                 yield [(in_words(way, size, new), dict.fromkeys(way, new)) for way in ways]
@@ -59,7 +62,7 @@ def _are_sequences(example: Inputs, places: list[tuple[int, int]]) -> bool:
     """Tell whether much longer inputs are cheap: axes behind the batch, of small tensors that are no images."""
     tensors = [x for x in example.leaves() if isinstance(x, Tensor)]
     small = all(tensors[i].dim() <= 3 and tensors[i].numel() <= _SMALL for i, _ in places)
-    return small and all(axis > 0 and tensors[i].shape[axis] <= _SHORT for i, axis in places)
+    return small and all(axis > 0 for _, axis in places)
 
 
 def in_words(way: list[tuple[int, int]], size: int, new: int) -> str:
