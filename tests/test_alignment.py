@@ -249,6 +249,32 @@ def test_channels_stay_in_their_heads_where_a_long_input_is_sampled_down_to_one_
         torch.testing.assert_close(exported.model(x), model(x))
 
 
+def test_a_single_example_of_a_single_step_tells_of_longer_ones_too() -> None:
+    class Skips(nn.Module):
+        """A recurrence over every second step, of which short sequences show nothing."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inputs, self.states, self.head = nn.Linear(3, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            before = [torch.zeros(x.shape[0], 8)] * 2
+            for step in x.unbind(1):
+                before.append((self.inputs(step) + self.states(before[-2])).tanh())
+            return self.head(before[-1])
+
+    torch.manual_seed(0)
+    model = dg.gate(Skips().eval(), "neurons", exclude="head.*")
+    with torch.no_grad():
+        for gates in all_gates(model):
+            gates.gamma[:3] = 0
+    small = dg.export(model, draw(1, 1, 3), latency=False).model
+    for length in (1, 2, 3, 6):
+        x = draw(2, length, 3)
+        with torch.no_grad():
+            torch.testing.assert_close(small(x), model(x))
+
+
 def test_orders_that_gain_nothing_are_left() -> None:
     x = draw(5, 6)
     same = torch.zeros(4, 1, 12, dtype=torch.int64) + torch.arange(12)

@@ -75,6 +75,26 @@ class Shared(nn.Module):
         return self.head(x.mean(-1))
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_all_heads_of_an_encoder_layer_go(norm_first: bool, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, norm_first=norm_first)
+        return nn.Sequential(nn.Linear(5, 16), layer, nn.Linear(16, 3)).eval()
+
+    torch.manual_seed(0)
+    model, x = build(), torch.randn(2, 7, 5)
+    randomize(model, torch.Generator().manual_seed(0))
+    dg.gate(model, "heads", example_inputs=x)
+    with torch.no_grad():
+        all_gates(model)[0].gamma.zero_()
+    exported = dg.export(model, x, latency=False)
+    assert not exported.report.kept
+    assert not any("in_proj" in n for n, _ in exported.model.named_parameters())
+    loaded = dg.load(dg.save(exported, tmp_path), build())
+    for small in (exported.model, loaded, copy.deepcopy(exported.model)):
+        assert torch.allclose(small(2 * x), model(2 * x), atol=1e-5)
+
+
 def mlp(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, 8), nn.Dropout(0.1), nn.ReLU(), nn.Linear(8, outputs))
 

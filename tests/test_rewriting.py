@@ -321,11 +321,48 @@ def test_dead_features_are_selected_inside_or_not_taken(select: bool, tmp_path: 
     with torch.no_grad():
         gates.gamma[[0, 4]] = 0
     exported = dg.export(model, x, select_inputs=select, latency=False)
-    assert exported.report.inputs == {"input": {1: [1, 2, 3, 5]}}
+    assert exported.report.inputs == {"input": {-1: [1, 2, 3, 5]}}
     assert exported.model[0].weight.shape == (4, 4)
     given = x if select else x[:, [1, 2, 3, 5]]
     assert torch.allclose(exported.model(given), model(x), atol=1e-6)
     assert torch.equal(dg.load(dg.save(exported, tmp_path), build())(given), exported.model(given))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 4, 5)])
+def test_features_are_selected_along_the_last_axis_whatever_is_before_it(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    model = dg.gate(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)), "input_features", example_inputs=x)
+    with torch.no_grad():
+        all_gates(model)[0].gamma[[0, 3]] = 0
+    small = dg.export(model, x, latency=False).model
+    assert small[0].in_features == 3
+    for other in ((5,), (7, 5), (2, 3, 5), (2, 3, 4, 5)):
+        new = torch.randn(other)
+        assert torch.allclose(small(new), model(new), atol=1e-6)
+
+
+def test_an_input_that_is_selected_of_need_not_be_given() -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(5, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, xs: list[Tensor], extra: Tensor | None = None) -> Tensor:
+            hidden = self.first(xs[0]) + (self.second(xs[1]) if len(xs) > 1 else 0.0)
+            return self.last((hidden if extra is None else hidden + self.second(extra)).relu())
+
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 5), torch.randn(3, 4)
+    example = ([x, y], y.clone())
+    model = dg.gate(Sums(), "input_features", example_inputs=example)
+    with torch.no_grad():
+        for gates in all_gates(model):
+            gates.gamma[[0, 2]] = 0
+    small = dg.export(model, example, latency=False).model
+    assert small.first.in_features < 5
+    for given in (example, ([x], None), ([x, y], None), ([x],)):
+        assert torch.allclose(small(*given), model(*given), atol=1e-6)
 
 
 class Pair(NamedTuple):

@@ -47,22 +47,25 @@ def resizings(example: Inputs, dynamic: str = "all") -> Iterator[list[tuple[str,
     if dynamic == "batch":
         places = {n: [at for at in found if at[1] == 0] for n, found in places.items() if n == batch}
     for size in sorted(places, key=lambda n: n != batch):  # the batch first
-        positions = sorted({axis for _, axis in places[size]})
-        ways = [[p for p in places[size] if p[1] == axis] for axis in positions]
-        ways += [places[size]] * (len(ways) > 1)
-        news = [size + 1, 1 if size == batch else max(1, size // 2)]
-        if size != batch and _are_sequences(example, places[size]):
-            news.append((_LONGER if size <= _SHORT else _TWICE) * size + 1)
-        for new in dict.fromkeys(news):
+        for new in dict.fromkeys([size + 1, 1 if size == batch else max(1, size // 2)]):
             if new != size:
-                yield [(in_words(way, size, new), dict.fromkeys(way, new)) for way in ways]
+                yield _ways(places[size], size, new)
+        later = [(i, axis) for i, axis in places[size] if axis > 0]
+        if later and _are_sequences(example, later):
+            yield _ways(later, size, (_LONGER if size <= _SHORT else _TWICE) * size + 1)
+
+
+def _ways(places: list[tuple[int, int]], size: int, new: int) -> list[tuple[str, dict[tuple[int, int], int]]]:
+    positions = sorted({axis for _, axis in places})
+    ways = [[p for p in places if p[1] == axis] for axis in positions]
+    ways += [places] * (len(ways) > 1)
+    return [(in_words(way, size, new), dict.fromkeys(way, new)) for way in ways]
 
 
 def _are_sequences(example: Inputs, places: list[tuple[int, int]]) -> bool:
-    """Tell whether much longer inputs are cheap: axes behind the batch, of small tensors that are no images."""
+    """Tell whether much longer inputs are cheap: those of small tensors that are no images."""
     tensors = [x for x in example.leaves() if isinstance(x, Tensor)]
-    small = all(tensors[i].dim() <= 3 and tensors[i].numel() <= _SMALL for i, _ in places)
-    return small and all(axis > 0 for _, axis in places)
+    return all(tensors[i].dim() <= 3 and tensors[i].numel() <= _SMALL for i, _ in places)
 
 
 def in_words(way: list[tuple[int, int]], size: int, new: int) -> str:

@@ -35,7 +35,7 @@ class Plan:
         attributes: Per module, the numbers it remembers that become others: groups, channels, heads, epsilons.
         new_biases: Linear layers and convolutions that get a bias, to hold folded constants.
         recipes: Per module whose forward is written anew, how.
-        inputs: Per argument of the forward that loses some: per axis, its kept indices.
+        inputs: Per argument of the forward that loses some: per axis, counted from the last one (-1), its kept indices.
         select_inputs: Whether the model still takes whole arguments and selects those indices itself.
         scatters: Per layer that computes only some of its outputs, where they belong.
         rescaled: Per weight of a normalization that counts fewer features: which share of them stays. The weight was
@@ -351,8 +351,8 @@ def make_plan(
     inputs: dict[str, dict[int, list[int]]] = {}
     for node, source in facts.trace.sources.items():
         axes = cut_axes(widths.keep.get(node, [])) if source.kind == "input" else {}
-        if axes:
-            inputs[source.name] = axes
+        if axes:  # counted from the last one: code for vectors takes any axes before them
+            inputs[source.name] = {axis - len(widths.keep[node]): kept for axis, kept in axes.items()}
     tensors = {n: cuts[n].apply(t) if n in cuts else t for n, t in state.items() if n in cuts or n in changed}
     attributes = _find_attributes(widths, permissions)
     rescaled, epsilons = _rescale(widths, permissions, tensors)

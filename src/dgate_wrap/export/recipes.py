@@ -354,7 +354,8 @@ class Rewritten(nn.Module):
             owner, _, leaf = name.rpartition(".")
             if owner in held:  # else a module that others share is a forward written anew, which forgot it
                 holder = self._separate(owner, separated)
-                holder._parameters.pop(leaf, None)
+                if leaf in holder._parameters:  # as torch's layers have it, for code around it that asks
+                    holder._parameters[leaf] = None
                 holder._buffers.pop(leaf, None)
         self._forget_idle(separated)
         _require_records(recipe.gives)

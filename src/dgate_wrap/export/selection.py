@@ -15,7 +15,7 @@ from ..tracing import Inputs
 from .recipes import plain_signature
 
 Kept = Mapping[str, Mapping[int, list[int]]]
-"""Per tensor that a forward is given, such as ``x`` or ``batch['x']``, and axis of it: the indices that are kept."""
+"""Per tensor that a forward is given (``x``, ``batch['x']``), and axis of it (-1): the indices that are kept."""
 
 
 class SelectInputs:
@@ -46,7 +46,7 @@ class SelectInputs:
 
 
 def _buffer(number: int, axis: int) -> str:
-    return f"_selected_{number}_{axis}"
+    return f"_selected_{number}_{-axis}"
 
 
 def buffers(kept: Kept) -> set[str]:
@@ -114,8 +114,10 @@ def _with(
 def _change(held: Any, keys: list[Any], change: Callable[[Tensor], Tensor]) -> None:
     """Change what lies in a dict or list under some keys; what lies between is copied, and stays as it was."""
     key, *rest = keys
+    if (isinstance(held, list) and key >= len(held)) or (isinstance(held, dict) and key not in held):
+        return  # not given: the forward says what it thinks of that
     if not rest:
-        held[key] = change(held[key])
+        held[key] = change(held[key]) if isinstance(held[key], Tensor) else held[key]
         return
     rest[0] = _at(held[key], rest[0])
     inner = held[key]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import TraceError
-from .settings import HeadsNeeded, unchanged
+from .settings import heads_needed, unchanged
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Inputs:
             strided = x.layout == torch.strided
             return x.clone() if strided and x.untyped_storage().data_ptr() in buffers else x
 
-        with unchanged(model, buffers=True), HeadsNeeded():
+        with unchanged(model, buffers=True), heads_needed():
             outputs = (model(*x.args, **x.kwargs, **extra) for x in given)
             return [pytree.tree_map_only(Tensor, apart, output) for output in outputs]
 

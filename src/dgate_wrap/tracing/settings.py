@@ -18,7 +18,6 @@ import torch._decomp.decompositions as decompositions
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import transformer
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 
@@ -71,20 +70,25 @@ def unfused() -> Generator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-class HeadsNeeded(TorchFunctionMode):
+@contextlib.contextmanager
+def heads_needed() -> Generator[None]:
     """Refuse attention without heads, by whose number torch up to 2.12 divides, which ends the process.
 
     Code that slices a weight at numbers of its own comes to that where the weight is smaller.
     """
+    attend = F.scaled_dot_product_attention
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Call one function."""
-        given = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            tensors = [*args[:3], *(given[n] for n in ("query", "key", "value") if n in given)]
-            if any(x.dim() > 2 and x.shape[-3] == 0 for x in tensors):
-                raise RuntimeError("attention without heads")
-        return func(*args, **given)
+    def checked(*args: Any, **kwargs: Any) -> Tensor:
+        tensors = [*args[:3], *(kwargs[n] for n in ("query", "key", "value") if n in kwargs)]
+        if any(x.dim() > 2 and x.shape[-3] == 0 for x in tensors):
+            raise RuntimeError("attention without heads")
+        return attend(*args, **kwargs)
+
+    F.scaled_dot_product_attention = checked
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = attend
 
 
 @contextlib.contextmanager
