@@ -21,19 +21,14 @@ def _attention(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) ->
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def _recurrence(x: _Shape, weights: Sequence[_Shape]) -> int:
-    """Every weight matrix is read once per step."""
+def _layers(x: _Shape, weights: Sequence[_Shape], *_: Any, **__: Any) -> int:
+    """All layers of a recurrent network: every weight matrix is read once per step."""
     return 2 * math.prod(x[:-1]) * sum(math.prod(w) for w in weights if len(w) == 2)
 
 
 def _layer(x: _Shape, of_inputs: _Shape, of_states: _Shape, *_: Any, **__: Any) -> int:
     """One layer of an LSTM in one direction."""
-    return _recurrence(x, [of_inputs, of_states])
-
-
-def _layers(x: _Shape, weights: Sequence[_Shape], *_: Any, **__: Any) -> int:
-    """All layers of a recurrent network."""
-    return _recurrence(x, weights)
+    return _layers(x, [of_inputs, of_states])
 
 
 def _bilinear(first: _Shape, weight: _Shape, second: _Shape, *_: Any, **__: Any) -> int:

@@ -85,9 +85,7 @@ def find_orders(model: nn.Module, facts: Facts, verifier: Verifier) -> dict[str,
     """
     if not any(_could_gain(facts, n) for n in facts.nodes if n in facts.varying):
         return {}
-    if any(
-        _over_one(n, f) for n, f in facts.families.items()
-    ):  # all orders may give the same, for want of anything else
+    if any(_over_one(n, f) for n, f in facts.families.items()):  # there, all orders may give the same
         return {}
     structure = find_structure(facts.trace)
     finder = _Finder(model, facts, structure, verifier)

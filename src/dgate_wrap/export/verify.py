@@ -228,14 +228,14 @@ class Verifier:
         self.precision, self.dynamic = precision, dynamic
         self.mismatch: Mismatch | None = None
         self.skipped: list[Probe] = []
-        self._draws = draws = Draws(example)
+        self._draws = Draws(example)
         self._beside: tuple[int, int] | None = None
         first = _Reference("example", example, run(model, example), given or self._in_double(example))
         self._require_finite(first)
         self._tolerance = self._tolerances(first)
         self._require_repeatable(first)
         self._references = [first]
-        self._require_varying(first, draws)
+        self._require_varying(first)
         self._add_beside()
         for ways in resizings(example, dynamic):
             alone = ways[:-1] or ways
@@ -321,11 +321,11 @@ class Verifier:
                 mend="F.dropout(x, p, training=self.training), or nn.Dropout, in place of dropout that is always on",
             )
 
-    def _require_varying(self, first: _Reference, draws: Draws) -> None:
+    def _require_varying(self, first: _Reference) -> None:
         """Add random inputs of the example's shapes, ever larger, until one of them moves an output."""
         still = {i for i, x in enumerate(first.inputs.leaves()) if isinstance(x, Tensor) and x.numel()}
         for spread in _SPREADS:
-            inputs = draws(spread=spread)
+            inputs = self._draws(spread=spread)
             if spread > 1 and not any(x.is_floating_point() for x in inputs.leaves() if isinstance(x, Tensor)):
                 return
             if not self._add("random, as large as the example" if spread == 1 else f"random, {spread:g}×", inputs):
