@@ -878,6 +878,14 @@ def _nonlocal_parts() -> dict[str, Any]:
 
 _MEMORY = normal((2, 6, 8), (2, 5, 8))
 
+
+def _relative_table(m: nn.Module, x: Tensor) -> Tensor:
+    """Scores of queries by one table for all heads and examples, whose first axis is broadcast (VITS)."""
+    q = heads(m.q(x)).flatten(0, 1)
+    near = (q @ m.near.transpose(-2, -1)).view(x.shape[0], 2, x.shape[1], 5)
+    return m.out(near.transpose(1, 2).flatten(2))
+
+
 ATTENTION = [
     _attention("attention_by_hand", lambda q, k, v: merge(attend(heads(q), heads(k), heads(v)))),
     _attention("attention_causal", _sdpa),
@@ -898,6 +906,11 @@ ATTENTION = [
     _sequence("qkv_outer", _qkv_outer, _qkv_parts, heads=2),
     _sequence("qkv_per_head", _qkv_inner, _qkv_parts, heads=2),
     _sequence("qkv_grouped", _qkv_split, lambda: {"qkv": Linear(8, 32), "o": Linear(16, 8)}, heads=2),
+    _sequence(
+        "qk_relative_table",
+        _relative_table,
+        lambda: {**_projections(), "near": torch.randn(1, 5, 4), "out": Linear(10, 8)},
+    ),
     _sequence("qk_norm", _qk_norm, lambda: {**_projections(), "norm": nn.RMSNorm(4)}, heads=2),
     _sequence(
         "einsum_heads",
@@ -966,6 +979,43 @@ def _last_state(m: nn.Module, x: Tensor) -> Tensor:
     return m.out(h[-1])
 
 
+class MaskedGRU(nn.Module):
+    """A recurrence by hand that leaves the state of a series alone after its end."""
+
+    def __init__(self, step: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.width, self.step, self.cell, self.out = 6, step, nn.GRUCell(5, 6), Linear(6, 2)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        h = torch.zeros(x.shape[0], self.width, dtype=x.dtype)
+        for t in range(x.shape[1]):
+            h = self.step((t < lengths).unsqueeze(1), self.cell(x[:, t], h), h)
+        return self.out(h)
+
+
+class Episodes(nn.Module):
+    """A recurrence that starts anew wherever an episode is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.cell, self.out = 6, nn.LSTMCell(5, 6), Linear(6, 2)
+
+    def forward(self, x: Tensor, done: Tensor) -> Tensor:
+        h = c = torch.zeros(x.shape[1], self.width, dtype=x.dtype)
+        seen: list[Tensor] = []
+        for step, over in zip(x, done, strict=True):
+            keep = (1 - over).view(-1, 1)
+            h, c = self.cell(step, (keep * h, keep * c))
+            seen.append(h)
+        return self.out(torch.stack(seen))
+
+
+MASKED: dict[str, Callable[..., Tensor]] = {
+    "where": torch.where,
+    "mul": lambda m, new, h: m * new + (1 - m.to(h.dtype)) * h,
+    "lerp": lambda m, new, h: h + m * (new - h),
+}
+
 RECURRENT = [
     _case("lstm", lambda: Recurrent(nn.LSTM), SEQUENCE, rnn=5),
     _case("gru", lambda: Recurrent(nn.GRU), SEQUENCE, rnn=5),
@@ -976,6 +1026,16 @@ RECURRENT = [
     _sequence(
         "lstm_last_state", _last_state, lambda: {"rnn": nn.LSTM(8, 5, 2, batch_first=True), "out": Linear(5, 2)}, rnn=10
     ),
+    *(
+        _case(
+            f"gru_masked_{how}",
+            lambda step=step: MaskedGRU(step),
+            lambda: (torch.randn(3, 4, 5), torch.tensor([2, 4, 1])),
+            rnn=6,
+        )
+        for how, step in MASKED.items()
+    ),
+    _case("lstm_episodes", Episodes, lambda: (torch.randn(4, 3, 5), torch.zeros(4, 3)), rnn=6),
     _sequence("lstm_cell", _cell, lambda: {"cell": nn.LSTMCell(8, 5), "out": Linear(5, 2)}, rnn=5),
     _sequence("elman_by_hand", _elman, lambda: {"a": Linear(8, 5), "h": Linear(5, 5), "out": Linear(5, 2)}, "rnn"),
 ]

@@ -166,6 +166,132 @@ def test_sizes_that_only_seem_to_fit_do_not_count(batch: int) -> None:
     assert mixing == ([[[3, 1, 6, 5]], [[3, 1, 5, 6]]] if batch == 3 else [])
 
 
+class Choosing(nn.Module):
+    """Scales by the larger of two scores, sums of the same in another order, where x[..., 0] is negative."""
+
+    def __init__(self, apart: float) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(4, 40) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(40, 1) for _ in range(2))
+        self.out, self.scale = nn.Linear(4, 2), nn.Parameter(torch.tensor([1.0, 2.0]))
+        randomize(self, torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            self.ups[1].load_state_dict({n: p.flip(0) for n, p in self.ups[0].named_parameters()})
+            self.downs[1].weight.copy_(self.downs[0].weight.flip(1))
+            self.downs[1].bias.copy_(self.downs[0].bias + apart)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = torch.cat([down(up(x).tanh()) for up, down in zip(self.ups, self.downs, strict=True)], -1)
+        scores = scores + torch.cat([torch.zeros_like(x[..., :1]), x[..., :1].relu()], -1)
+        return self.out(x) * self.scale[scores.argmax(-1)].unsqueeze(-1)
+
+
+def choosing(apart: float) -> nn.Module:
+    model = dg.gate(Choosing(apart), "neurons", include="ups.*")
+    with torch.no_grad():
+        for gate, dead in zip(dg.gates.gated_tensors(model), (range(25), range(15, 40)), strict=True):
+            gate.gates.gamma[list(dead)] = 0
+    return model
+
+
+CHOICES = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_choices_between_equal_scores_are_refused_in_words() -> None:
+    with pytest.raises(dg.ExportError, match="nothing can be compared with the gated model: rounding alone"):
+        dg.export(choosing(0.0).double(), CHOICES.double(), latency=False)
+
+
+def test_choices_that_rounding_makes_in_float32_alone_are_compared_in_float64() -> None:
+    exported = dg.export(choosing(1e-7), CHOICES, latency=False)
+    assert exported.report.removed == exported.report.pruning.dead == 50
+    certificate = exported.report.certificate
+    assert certificate.max_error["float64"] < 1e-12
+    alone = [p for p in certificate.probes if "rounding alone" in p.skipped]
+    assert alone
+    assert all(set(p.errors) == {"float64"} for p in alone)
+
+
+def test_a_fault_is_no_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, "out", lambda _, out: 1.3 * out)
+    with pytest.raises(dg.ExportError, match="not equal to the gated one"):
+        dg.export(choosing(1e-7), CHOICES, latency=False)
+
+
+def test_batches_on_which_the_reference_jumps_are_skipped() -> None:
+    apart = CHOICES.double() * torch.tensor([1.0, 1, 1, 1]).where(CHOICES > 0, torch.tensor([-1.0, 1, 1, 1]))
+    exported = dg.export(choosing(0.0).double(), apart, batches=[CHOICES.double()], latency=False)
+    assert exported.report.removed == 50
+    skipped = {p.name for p in exported.report.certificate.skipped if "rounding alone" in p.skipped}
+    assert {"batch 0 of yours", "random, as large as the example"} <= skipped
+    assert "example" in {p.name for p in exported.report.certificate.probes}
+
+
+class Flagged(nn.Module):
+    """Takes a number, a flag, an integer and a mask beside its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3)
+        randomize(self, torch.Generator().manual_seed(1))
+
+    def forward(
+        self,
+        x: Tensor,
+        temperature: float,
+        normalize: bool = False,
+        *,
+        features: bool = False,
+        shift: int = 0,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        h = self.up(x).tanh()
+        h = F.normalize(h, dim=-1) if normalize else h
+        h = h if mask is None else h * mask
+        return h if features else (self.down(h) + shift) / temperature
+
+
+def test_other_numbers_are_compared_and_other_flags_are_told() -> None:
+    model = dg.gate(Flagged(), "neurons", include="up.*")
+    [gate] = dg.gates.gated_tensors(model)
+    with torch.no_grad():
+        gate.gates.gamma[[1, 2, 5]] = 0
+    x = TOKENS[:, 0]
+    exported = dg.export(model, (x, 1.0), latency=False)
+    small, certificate = exported.model, exported.report.certificate
+    with torch.no_grad():
+        for temperature in (0.3, 1.0, 4.0):
+            torch.testing.assert_close(small(x, temperature), model(x, temperature))
+            torch.testing.assert_close(small(x, temperature, shift=2), model(x, temperature, shift=2))
+    assert "example with other numbers" in {p.name for p in certificate.probes}
+    assert {p.name for p in certificate.arguments} == {"normalize=True", "features=True", "shift=1"}
+    assert exported.report.removed == 3
+    assert certificate.others == ["normalize=True", "features=True"]
+    assert certificate.left_out == ["mask"]
+    assert "computes something else than the gated model with normalize=True, features=True" in str(exported.report)
+
+
+def test_constants_that_other_numbers_change_are_not_folded() -> None:
+    class Warm(Encoder):
+        def forward(self, x: Tensor, temperature: float) -> Tensor:
+            return self.head(self.down(self.up(self.embed(x)).sigmoid() / temperature).mean(1))
+
+    model = gated(Warm())
+    small = dg.export(model, (TOKENS, 1.0), latency=False).model
+    with torch.no_grad():
+        torch.testing.assert_close(small(TOKENS, 0.25), model(TOKENS, 0.25))
+
+
+def test_numbers_of_which_the_reference_makes_chance_are_left_out() -> None:
+    class Dropping(Encoder):
+        def forward(self, x: Tensor, p: float = 0.0) -> Tensor:
+            return super().forward(F.dropout(x, p, training=True))
+
+    exported = dg.export(gated(Dropping()), (TOKENS, 0.0), latency=False)
+    assert exported.report.removed == 3
+    assert "run to run" in next(p.skipped for p in exported.report.certificate.skipped if "numbers" in p.name)
+
+
 class Alternating(Encoder):
     """Does something else at every second call."""
 
@@ -458,7 +584,7 @@ def test_rounding_is_judged_on_the_input_where_it_happens() -> None:
     gated = dg.gate(Cancelling(), "neurons", exclude="down.*")
     dg.prune(gated, ratio=0.5)
     half = torch.randn(16, 4)
-    near = torch.cat([half, half + 1e-6 * torch.randn(16, 4)], 1)
+    near = torch.cat([half, half + 1e-4 * torch.randn(16, 4)], 1)
     exported = dg.export(gated, torch.randn(16, 8), batches=[near], latency=False)
     assert exported.report.certificate.tolerance["own precision"] > 1e-5
     assert exported.report.certificate.max_error["float64"] <= exported.report.certificate.tolerance["float64"] < 1e-5

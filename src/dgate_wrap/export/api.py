@@ -19,6 +19,7 @@ from ..tracing import Inputs, capture, normalize_inputs
 from ..tracing.capture import all_tensors
 from ..tracing.settings import forget_results
 from .alignment import find_orders, reorder_, reordered
+from .certificate import Certificate, constant_output
 from .configs import express
 from .copies import separate_, share, weight_bytes
 from .cuts import Cut
@@ -28,7 +29,7 @@ from .plan import Plan
 from .report import Kept, Report, Size, find_kept, latencies, measure
 from .search import Found, Subject, differing, smallest
 from .selection import reduced
-from .verify import Certificate, Verifier, constant_output, finite, run, to_double
+from .verify import Verifier, finite, run, to_double
 
 _LARGE = 2 * 2**30
 """Bytes of weights above which a copy in float64 is not made: then float64 is used operation by operation."""
@@ -157,6 +158,7 @@ def export(
                 found = smallest(dense, subject, verifier, **options)
         clock.seconds["search"] -= verifier.checking
         certificate = _check_batches(verifier, found, batches, example_kwargs)
+        certificate = verifier.check_arguments(found.small, certificate, found.plan.taken)
         clock.seconds["verification"] = verifier.preparing + verifier.checking
         with clock("report"):
             report = _report(dense, found, certificate, inputs, pruning, _in_new_order(labels, orders), dead, latency)

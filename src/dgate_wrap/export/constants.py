@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from functools import singledispatchmethod
@@ -66,7 +67,7 @@ class Constants:
         self._maps: dict[Node, list[Tensor]] = {}
         self._boxes: dict[Node, list[Tensor] | None] = {}
         self._extremes: dict[tuple[Node, int], tuple[Tensor, Tensor]] = {}
-        self._absorbing: dict[tuple[Node, Node], bool] = {}
+        self._absorbing: dict[tuple[Node, frozenset[Node]], bool] = {}
         self.unknown: dict[Node, Any] = {}
         self.sized: dict[Node, Tensor] = {}
         for node in self.nodes:
@@ -146,16 +147,16 @@ class Constants:
         return out
 
     def absorbed(self, family: Pointwise, node: Node, operand: Node) -> Tensor:
-        """Mark where an operand does not matter, since another one is a known zero that absorbs it."""
+        """Mark where an operand does not matter, since others, one or all, are known zeros that absorb it."""
         out = torch.zeros((), dtype=torch.bool)
-        for n in family.operands if len(family.operands) > 1 else ():
-            if n is operand:
-                continue
-            zero = self.zero(n)
+        others = frozenset(n for n in family.operands if n is not operand)
+        ways = {*(frozenset({n}) for n in others), others} if others else ()
+        for zeros in ways:
+            zero = functools.reduce(torch.logical_and, (self.zero(n) for n in zeros))
             if is_any(zero):
-                if (node, n) not in self._absorbing:
-                    self._absorbing[node, n] = gives_zero(node, family, {n})
-                if self._absorbing[node, n]:
+                if (node, zeros) not in self._absorbing:
+                    self._absorbing[node, zeros] = gives_zero(node, family, zeros)
+                if self._absorbing[node, zeros]:
                     out = out | zero
         return out
 

@@ -219,17 +219,13 @@ def values_on(dense: nn.Module, trace: Trace, inputs: Inputs) -> dict[Node, Any]
     """Return the value of every node of a trace on other inputs, of other sizes too; ``None`` if the graph differs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first capture gave them
-        here = trace if _alike(trace.inputs, inputs) else capture(dense, inputs.args, inputs.kwargs)
+        as_traced = trace.inputs.is_like(inputs) and not trace.notes  # which hold for the example alone
+        here = trace if as_traced else capture(dense, inputs.args, inputs.kwargs)
     if [operation(n) for n in here.nodes] != [operation(n) for n in trace.nodes]:
         return None
     placeholders = [n for n, s in here.sources.items() if s.kind == "input"]
     values = here.run(dict(zip(placeholders, inputs.leaves(), strict=True)))
     return {n: values[m] for n, m in zip(trace.nodes, here.nodes, strict=True) if m in values}
-
-
-def _alike(a: Inputs, b: Inputs) -> bool:
-    """Tell whether inputs have the same shapes."""
-    return [getattr(x, "shape", x) for x in a.leaves()] == [getattr(x, "shape", x) for x in b.leaves()]
 
 
 def _with_code(model: nn.Module, path: str) -> str:

@@ -16,7 +16,7 @@ from ..flops import count_flops
 from ..pruning import PruneReport
 from ..tracing import Inputs
 from ..tracing.settings import evaluating, unchanged
-from .verify import Certificate
+from .certificate import Certificate
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,12 @@ class Report:
         lines.append(f"{self.pruning.dead} of {self.pruning.total} groups dead, {self.removed} of them removed")
         lines += [f"  kept: {len(k.groups)} of {k.parameter}: {k.reason}" for k in self.kept]
         errors = ", ".join(f"{v:.1e} in {k}" for k, v in self.certificate.max_error.items())
-        skipped = f" ({len(self.certificate.skipped)} refused by the model itself)" if self.certificate.skipped else ""
+        skipped = f" ({len(self.certificate.skipped)} others skipped)" if self.certificate.skipped else ""
         lines.append(
             f"verified on {len(self.certificate.probes)} inputs{skipped}; largest relative difference {errors}"
         )
+        if self.certificate.others:
+            lines.append(f"computes something else than the gated model with {', '.join(self.certificate.others)}")
         if self.frozen:
             lines.append(f"kept whole for the code of {', '.join(p or 'the model' for p in self.frozen)} to run")
         if self.rewritten:

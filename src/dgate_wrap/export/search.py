@@ -20,6 +20,7 @@ from ..tracing.families import NormedWeight
 from ..tracing.origins import owner, place
 from ..tracing.symbolic import Symbolic, capture_symbolic, is_open
 from .caches import MASK, cached_uses, given_caches
+from .certificate import Certificate, Mismatch, Unsteady
 from .copies import share
 from .culprits import (
     Call,
@@ -41,7 +42,7 @@ from .plan import Draft, Permissions, Plan, make_plan, remembering
 from .scatter import partial_rows
 from .selection import is_selectable, reduced
 from .vectors import Allowed, Frozen, makes
-from .verify import Certificate, Mismatch, Verifier, to_double
+from .verify import Verifier, to_double
 from .widths import Widths
 
 _WORTH = 0.98
@@ -96,7 +97,11 @@ class Found:
     @property
     def size(self) -> int:
         """Number of elements of its parameters and buffers."""
-        return sum(t.numel() for t in [*self.small.parameters(), *self.small.buffers()])
+        return _elements(self.small)
+
+
+def _elements(model: nn.Module) -> int:
+    return sum(t.numel() for t in [*model.parameters(), *model.buffers()])
 
 
 def smallest(dense: nn.Module, subject: Subject, verifier: Verifier, *, rewrite: bool, select_inputs: bool) -> Found:
@@ -107,16 +112,19 @@ def smallest(dense: nn.Module, subject: Subject, verifier: Verifier, *, rewrite:
     written anew, which has to be worth it.
 
     Raises:
-        ExportError: If no network was found equal.
+        ExportError: If no network was found equal, or none can be compared.
     """
     search = _Search(dense, subject, verifier, select_inputs=select_inputs)
     try:
+        try:
+            return _smallest(search, rewrite=rewrite)
+        except ExportError:
+            if not search.takes_less:
+                raise
+        search.whole_inputs = True  # some code asks for them
         return _smallest(search, rewrite=rewrite)
-    except ExportError:
-        if not search.takes_less:
-            raise
-    search.whole_inputs = True  # some code asks for them
-    return _smallest(search, rewrite=rewrite)
+    except Unsteady as e:
+        raise e.error() from e
 
 
 def _smallest(search: _Search, *, rewrite: bool) -> Found:
@@ -128,7 +136,7 @@ def _smallest(search: _Search, *, rewrite: bool) -> Found:
         failure = e
     dead = rewrite and bool(find_dead(search.subject.facts))
     held = own is not None and (own.frozen != search.start or own.widths.held_by_code)
-    if own is not None and not (held or dead):
+    if own is not None and not dead and not (held and search.could_gain(own)):
         return own
     lossy: Found | None = None
     while rewrite and (search.open() or search.open_parts()):
@@ -186,6 +194,13 @@ class _Search:
         self.subject = subject
         self.permissions = Permissions(subject.model, subject.facts.trace, subject.facts.families)
         self._calls: list[Call] | None = None
+
+    def could_gain(self, own: Found) -> bool:
+        """Tell whether forwards that are written anew could make it enough smaller, if no code stood in the way."""
+        plan, tensors = make_plan(
+            self._widths(self.start, rewrite=True), self.permissions, select_inputs=self._select_inputs
+        )
+        return _elements(plan.apply(share(self.subject.model), tensors)) < _WORTH * own.size
 
     def keeps_uses(self, found: Found, *, masks: bool) -> bool:
         """Tell whether a network does with its cache, and with ``masks`` when given one, what the dense one does."""
@@ -409,7 +424,8 @@ class _Search:
     def _learns(self) -> bool:
         """See which constants are others at the sizes at which a network differed last; tell whether that is news."""
         mismatch, facts = self.verifier.mismatch, self.subject.facts
-        if mismatch is None or not mismatch.resized or len(facts.elsewhere) >= _SIZES:
+        sized = mismatch is not None and (mismatch.resized or facts.trace.notes)
+        if mismatch is None or not sized or len(facts.elsewhere) >= _SIZES:
             return False
         with contextlib.suppress(Exception):
             values = values_on(self.subject.model, facts.trace, in_precision(self.subject, mismatch.inputs))

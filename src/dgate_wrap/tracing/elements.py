@@ -92,7 +92,8 @@ class Elements(Products):
 
     def _probe(self, node: Node, family: Pointwise, words: list[Tensor]) -> Tensor:
         """Return the state of every output by running the real operation: zeros where operands are zero, else noise."""
-        states = torch.stack(torch.broadcast_tensors(*(state_of(w) for w in words))) if words else torch.zeros(1, 1)
+        held_by = [self._state_of(n, w) for n, w in zip(family.operands, words, strict=True)]
+        states = torch.stack(torch.broadcast_tensors(*held_by)) if words else torch.zeros(1, 1)
         codes = (states * torch.tensor([3**i for i in range(len(words))]).view(-1, *[1] * (states.dim() - 1))).sum(0)
         out = torch.zeros(3 ** len(words), dtype=torch.int64)
         for code in codes.unique().tolist():
@@ -103,3 +104,8 @@ class Elements(Products):
             else:
                 out[code] = LIVE if LIVE in held else FIXED
         return out[codes]
+
+    def _state_of(self, node: Node, words: Tensor) -> Tensor:
+        """Return the state of an operand: zeros that code makes, such as a first hidden state, are zero."""
+        state = state_of(words)
+        return torch.where(words == CONSTANT, ZERO, state) if self._is_zero(node) else state

@@ -15,6 +15,9 @@ from torch.utils import _pytree as pytree
 from ..errors import TraceError
 from .settings import heads_needed, unchanged
 
+PLAIN = (int, float, complex, str, bytes, type(None))
+"""Types of values that are compared as such."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -32,6 +35,14 @@ class Inputs:
         """The size of every axis of every tensor, by the tensor's position among them and the axis."""
         tensors = (x for x in self.leaves() if isinstance(x, Tensor))
         return {(i, axis): size for i, x in enumerate(tensors) for axis, size in enumerate(x.shape)}
+
+    def is_like(self, other: Inputs) -> bool:
+        """Tell whether other inputs have the same shapes, and the same values beside tensors."""
+        mine, others = (
+            [x.shape if isinstance(x, Tensor) else x if isinstance(x, PLAIN) else type(x) for x in i.leaves()]
+            for i in (self, other)
+        )
+        return mine == others
 
     def map(self, fn: Any) -> Inputs:
         """Return the inputs with ``fn`` applied to every tensor."""

@@ -36,6 +36,7 @@ from .families import (
 )
 from .layers import Layers
 from .nodes import is_tensor, op_name, shape_of
+from .operations import gives_zero
 from .products import as_product, summed_by, summed_product
 from .structure import (
     CONSTANT,
@@ -168,6 +169,10 @@ class Interpreter(Layers):
     def _(self, family: Pointwise, node: Node) -> None:
         shape = shape_of(node)
         operands = list(family.operands)
+        zeros = {n for n in operands if self._is_zero(n)}
+        if zeros and gives_zero(node, family, zeros):
+            self.cancelled.add(node)
+            return self._set(node, torch.full([1] * len(shape), CONSTANT))
         words = [self._aligned(narrow(self._words(n)), len(shape)) for n in operands]
         real = [(1,) * (len(shape) - len(shape_of(n))) + shape_of(n) for n in operands]
         labels = [label_of(w) for w in words]
@@ -194,7 +199,7 @@ class Interpreter(Layers):
             lively = lively & ~((w >= 0) & (w % 4 == LIVE))
         if lively.any():
             self._enliven(out.expand(lively.shape)[lively], self._says(node, "something live is combined with it"))
-        self._set(node, torch.where(out >= 0, out * 4 + state, torch.where(data, DATA, CONSTANT)))
+        return self._set(node, torch.where(out >= 0, out * 4 + state, torch.where(data, DATA, CONSTANT)))
 
     # contractions
 

@@ -98,7 +98,7 @@ class Layers(Elements):
     def _start(self, node: Node, state: Node, labels: Tensor) -> int:
         """Unite an initial state with the units it belongs to; return what it leaves when they are dead."""
         value = self._constant(state)
-        if isinstance(value, Tensor) and not value.any():
+        if self._is_zero(state) or (isinstance(value, Tensor) and not value.any()):
             return ZERO
         words = self._words(state)
         found = self._unite_over(words, range(words.dim() - 1), self._says(node, "its initial state is live")).flatten()

@@ -27,10 +27,10 @@ class Products(Weights):
     def _contract_batched(self, family: Product, node: Node, x: Node, w: Node, x_axes: str, w_axes: str) -> None:
         """A weight with several channel axes, or with one weight per index of a batch axis."""
         words = self._words(x)
-        column = self._unite_over(words, [i for i, c in enumerate(x_axes) if c not in w_axes])
+        sizes = dict(zip(w_axes, shape_of(w), strict=True))
+        column = self._unite_over(words, [i for i, c in enumerate(x_axes) if sizes.get(c, 1) == 1])
         self._consume(node, column)
         read = laid(label_of(column), x_axes, w_axes)
-        sizes = dict(zip(w_axes, shape_of(w), strict=True))
         out_axes = [c for c in w_axes if c in family.out_axes]
         fresh = self.structure.sets.mint(int(torch.Size([sizes[c] for c in out_axes]).numel()))
         rows = fresh.view([sizes[c] if c in out_axes else 1 for c in w_axes])

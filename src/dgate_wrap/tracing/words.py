@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .capture import Trace
-from .families import Contraction, Family
-from .nodes import has_tensors, shape_of
+from .families import Contraction, Family, Movement
+from .nodes import has_tensors, op_name, shape_of
 from .operations import describe, varying_nodes
 from .origins import operation, where
 from .structure import CONSTANT, DATA, LIVE, ZERO, Note, Slot, Structure, compact, label_of, narrow, state_of
@@ -39,6 +39,8 @@ class Words:
         self._axes: dict[tuple[Any, ...], Tensor] = {}
         """Labels along axes of a weight, as its first use gave them; later uses are united with them."""
         self._constants: dict[Node, Any] = {}
+        self.cancelled: set[Node] = set()
+        """Values that are zero whatever the inputs, such as a mask times zeros."""
         self._inputs: list[Tensor] = []
 
     def _find_makers(self) -> set[Node]:
@@ -115,6 +117,13 @@ class Words:
             with torch.no_grad():
                 value = cast(Any, node.target)(*args, **kwargs)
         return None if isinstance(value, Tensor) and value.device.type == "meta" else value
+
+    def _is_zero(self, node: Node) -> bool:
+        """Tell whether a value is zeros that code makes, such as a first hidden state, moved or multiplied perhaps."""
+        family = self.families.get(node)
+        if isinstance(family, Movement):
+            return bool(family.inputs) and all(self._is_zero(n) for n in family.inputs)
+        return op_name(node) in ("zeros", "new_zeros") or node in self.cancelled
 
     def _says(self, node: Node, what: str) -> str:
         return f"{what} ({operation(node)}, {where(node)})"
