@@ -8,6 +8,7 @@ import json
 import pickle
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -1398,6 +1399,44 @@ def test_modules_that_return_objects_are_written_anew(tmp_path: Path) -> None:
     torch.testing.assert_close(dg.load(tmp_path, Framed())(x), model(x))
     plan = tmp_path / "plan.json"
     assert "Outputs" in plan.read_text()
+
+
+class Decoded(NamedTuple):
+    image: Tensor
+    code: Tensor
+
+
+class Decoding(nn.Module):
+    """A size that is written in the code, and outputs of several kinds."""
+
+    def __init__(self, kind: Callable[..., Any]) -> None:
+        super().__init__()
+        self.kind, self.up, self.conv = kind, nn.Linear(6, 32), nn.ConvTranspose2d(8, 3, 2, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.kind(self.conv(self.up(x).view(-1, 8, 2, 2)), x)
+
+
+@pytest.mark.parametrize(
+    "kind", [Decoded, lambda image, code: OrderedDict(image=image, code=code)], ids=["pair", "dict"]
+)
+def test_modules_that_return_named_tuples_and_ordered_dicts_are_written_anew(
+    kind: Callable[..., Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 6)
+    model = dg.gate(Decoding(kind), "channels", example_inputs=x).eval()
+    with torch.no_grad():
+        for gates in all_gates(model):
+            gates.gamma[::2] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.rewritten == [""]
+    assert exported.model.up.out_features == 16
+    dg.save(exported, tmp_path)
+    y = torch.randn(5, 6)
+    for small in (exported.model, dg.load(tmp_path, Decoding(kind))):
+        assert type(small(y)) is type(model(y))
+        torch.testing.assert_close(small(y), model(y))
 
 
 def test_a_plan_that_names_a_class_that_is_not_there_is_refused() -> None:

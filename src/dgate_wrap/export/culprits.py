@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import DGateError
 from ..tracing import Inputs, Trace, capture
-from ..tracing.inputs import without_cache
+from ..tracing.inputs import PLAIN, without_cache
 from ..tracing.origins import operation
 from ..tracing.settings import evaluating, same_random_numbers, unfused
 from .constants import rounding
@@ -73,9 +73,14 @@ class Culprit:
 
 @contextlib.contextmanager
 def _watching(
-    model: nn.Module, inputs: Inputs, calls: list[Call], open_calls: list[Begun]
+    model: nn.Module,
+    inputs: Inputs,
+    calls: list[Call],
+    open_calls: list[Begun],
+    expected: Expected | None = None,
+    within: str = "",
 ) -> Generator[dict[str, Any]]:
-    """Note every call of every module, in the order in which they end, and which ones are open.
+    """Note every call of every module, or of those within one, in the order in which they end, and which ones are open.
 
     Yields what the model's forward takes beside its inputs, to run as it was traced.
     """
@@ -88,20 +93,29 @@ def _watching(
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             calls.append(Call(tuple(open_calls), _copied(result)))
+            if expected is not None and not expected.agrees(calls[-1]):
+                raise _Enough
             open_calls.pop()
 
         signature = plain_signature(module)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
 
-    for path, module in model.named_modules():
+    for path, module in model.get_submodule(within).named_modules(prefix=within):
         watch(path, module)
     try:
-        with evaluating(model), torch.no_grad(), unfused(), without_cache(model, inputs) as extra:
+        with _running(model, inputs) as extra:
             yield extra
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _running(model: nn.Module, inputs: Inputs) -> Generator[dict[str, Any]]:
+    """Let a model run as it was traced; yield what its forward takes beside its inputs."""
+    with evaluating(model), torch.no_grad(), unfused(), without_cache(model, inputs) as extra:
+        yield extra
 
 
 def _copied(tree: Any) -> Any:
@@ -150,7 +164,7 @@ def _numbers(call: Call) -> dict[int, int]:
     return {at: x for at, x in enumerate(pytree.tree_leaves(call.arguments)) if type(x) is int}
 
 
-def find_culprit(model: nn.Module, inputs: Inputs, expected: Expected) -> Culprit | None:
+def find_culprit(model: nn.Module, inputs: Inputs, expected: Expected, within: str = "") -> Culprit | None:
     """Return the first module that fails or differs, the innermost one; ``None`` if none does.
 
     Of a module that was given something else, the one in whose code that was made.
@@ -159,12 +173,29 @@ def find_culprit(model: nn.Module, inputs: Inputs, expected: Expected) -> Culpri
         model: The smaller model.
         inputs: What it is run on.
         expected: What its modules should give.
+        within: The module that is run, if it is not the model; ``inputs`` are what it is given then.
     """
-    calls, failed, _ = _watched(model, inputs)
-    for done, call in enumerate(calls):  # what fails may be the victim of one that ran, and gave something else
-        if not expected.agrees(call):
-            return _blamed(model, call.chain, done, expected)
+    calls, failed, _ = _watched(model, inputs, within, expected)
+    if calls and not expected.agrees(calls[-1]):  # what fails may be the victim of one that ran, and gave others
+        return _blamed(model, calls[-1].chain, len(calls) - 1, expected)
     return None if failed is None else _blamed(model, failed, len(calls), expected)
+
+
+def given_to(model: nn.Module, inputs: Inputs, path: str) -> list[Inputs]:
+    """Return what a module is given in each of its calls, until one fails; none if that is more than plain values."""
+    given: list[Inputs] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.append(Inputs(*_copied((args, kwargs))))
+
+    handle = model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with _running(model, inputs) as extra, contextlib.suppress(Exception):
+            inputs.call(model, **extra)
+    finally:
+        handle.remove()
+    plain = all(isinstance(x, (Tensor, *PLAIN)) for i in given for x in i.leaves())
+    return given if plain else []
 
 
 def failing(model: nn.Module, inputs: Inputs) -> tuple[str, int] | None:
@@ -175,13 +206,25 @@ def failing(model: nn.Module, inputs: Inputs) -> tuple[str, int] | None:
     return (_with_code(model, failed[-1].path) if failed else ""), len(calls)
 
 
-def _watched(model: nn.Module, inputs: Inputs) -> tuple[list[Call], tuple[Begun, ...] | None, Exception | None]:
-    """Run a model; return the calls that ended, and if it failed the calls that were open then, and the error."""
+class _Enough(BaseException):
+    """Ends a run at the first call that gives something else than it should."""
+
+
+def _watched(
+    model: nn.Module, inputs: Inputs, within: str = "", expected: Expected | None = None
+) -> tuple[list[Call], tuple[Begun, ...] | None, Exception | None]:
+    """Run a model, or a module of it, up to the first call that gives something else than is expected.
+
+    Returns:
+        The calls that ended, and if it failed the calls that were open then, and the error.
+    """
     calls: list[Call] = []
     open_calls: list[Begun] = []
     try:
-        with _watching(model, inputs, calls, open_calls) as extra:
-            inputs.call(model, **extra)
+        with _watching(model, inputs, calls, open_calls, expected, within) as extra:
+            inputs.call(model.get_submodule(within), **({} if within else extra))
+    except _Enough:
+        return calls, None, None
     except Exception as e:
         return calls, tuple(open_calls), e
     return calls, None, None

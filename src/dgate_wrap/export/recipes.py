@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import operator
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, cast
@@ -41,6 +42,7 @@ _PROPERTIES: dict[str, Callable[[Tensor], Any]] = {
     "lowest": lambda x: torch.finfo(x.dtype).min,
     "highest": lambda x: torch.finfo(x.dtype).max,
 }
+_DICTS: dict[str, type[dict[str, Any]]] = {"dict": dict, "ordered": OrderedDict}
 _FORBIDDEN = frozenset({"from_file", "_assert_async"})
 
 
@@ -70,8 +72,8 @@ def describe_tree(value: Any, tensors: list[Tensor]) -> Any:
     """Return a value as plain data, with tensors replaced by their numbers, and append the tensors.
 
     Raises:
-        UndescribableError: If it holds anything but tensors, numbers, strings, lists, tuples, dicts, and dataclasses
-            into which torch looks, such as the outputs of Hugging Face.
+        UndescribableError: If it holds anything but tensors, numbers, strings, lists, tuples, dicts, named tuples, and
+            dataclasses into which torch looks, such as the outputs of Hugging Face.
     """
     if isinstance(value, Tensor):
         tensors.append(value)
@@ -82,8 +84,9 @@ def describe_tree(value: Any, tensors: list[Tensor]) -> Any:
         return value
     if type(value) in (list, tuple):
         return {type(value).__name__: [describe_tree(v, tensors) for v in value]}
-    if type(value) is dict and all(isinstance(k, str) for k in cast("dict[Any, Any]", value)):
-        return {"dict": {k: describe_tree(v, tensors) for k, v in cast("dict[str, Any]", value).items()}}
+    if type(value) in _DICTS.values() and all(isinstance(k, str) for k in cast("dict[Any, Any]", value)):
+        kind = next(k for k, found in _DICTS.items() if found is type(value))
+        return {kind: {k: describe_tree(v, tensors) for k, v in cast("dict[str, Any]", value).items()}}
     if (fields := _fields(value)) is not None:
         return {"record": [_path(type(value)), describe_tree(fields, tensors)]}
     raise UndescribableError(f"a {type(value).__name__}")
@@ -96,8 +99,8 @@ def without_unread(tree: Any, read: Collection[int]) -> Any:
     [(kind, inner)] = cast("dict[str, Any]", tree).items()
     if kind == "tensor":
         return tree if inner in read else {"any": inner}
-    if kind == "dict":
-        return {"dict": {k: without_unread(t, read) for k, t in inner.items()}}
+    if kind in _DICTS:
+        return {kind: {k: without_unread(t, read) for k, t in inner.items()}}
     if kind == "record":
         return {"record": [inner[0], without_unread(inner[1], read)]}
     return {kind: [without_unread(t, read) for t in inner]} if kind in ("list", "tuple") else tree
@@ -117,7 +120,7 @@ def match_tree(tree: Any, value: Any, found: dict[int, Any]) -> bool:
     if kind == "number":
         found[inner] = value
         return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
-    if kind == "dict":
+    if kind in _DICTS:
         return (
             isinstance(value, dict)
             and set(cast("dict[str, Any]", value)) == set(inner)
@@ -136,8 +139,8 @@ def build_tree(tree: Any, tensors: Any) -> Any:
     [(kind, inner)] = cast("dict[str, Any]", tree).items()
     if kind == "tensor":
         return tensors[inner]
-    if kind == "dict":
-        return {k: build_tree(t, tensors) for k, t in inner.items()}
+    if kind in _DICTS:
+        return _DICTS[kind]((k, build_tree(t, tensors)) for k, t in inner.items())
     if kind == "record":
         return _record(inner[0])(**build_tree(inner[1], tensors))
     made = [build_tree(t, tensors) for t in inner]
@@ -145,11 +148,11 @@ def build_tree(tree: Any, tensors: Any) -> Any:
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
-    """Return the fields of a dataclass into which torch looks; ``None`` for anything else."""
-    if not dataclasses.is_dataclass(value) or _found(_path(type(value))) is None:
+    """Return the fields of a named tuple, or of a dataclass into which torch looks; ``None`` for anything else."""
+    if _found(_path(type(value))) is not type(value) or any(leaf is value for leaf in pytree.tree_leaves(value)):
         return None
-    if any(leaf is value for leaf in pytree.tree_leaves(value)):
-        return None
+    if _is_named_tuple(type(value)):
+        return value._asdict()
     return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
 
 
@@ -158,19 +161,23 @@ def _path(kind: type) -> str:
 
 
 def _found(path: str) -> Any:
-    """Return a dataclass of a module that is loaded already; ``None`` if there is none. Nothing is imported."""
+    """Return a dataclass or named tuple of a module that is loaded already, or ``None``. Nothing is imported."""
     module, _, name = path.partition(":")
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)
-    return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
+    return found if dataclasses.is_dataclass(found) or _is_named_tuple(found) else None
+
+
+def _is_named_tuple(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_asdict")
 
 
 def _record(path: str) -> Any:
     found = _found(path)
     if found is None:
         raise FileFormatError(
-            f"the plan names the class {path!r}, which is no dataclass of a module that is loaded.",
+            f"the plan names the class {path!r}, which is no dataclass or named tuple of a module that is loaded.",
             expected="the classes of the outputs of the model that it was made of",
             mend="build the model first: dg.load(folder, MyModel())",
         )
@@ -178,14 +185,14 @@ def _record(path: str) -> Any:
 
 
 def _require_records(tree: Any) -> None:
-    """Require that every dataclass of a tree is there."""
+    """Require that every class of a tree is there."""
     if isinstance(tree, dict):
         [(kind, inner)] = cast("dict[str, Any]", tree).items()
         if kind == "record":
             _record(inner[0])
             _require_records(inner[1])
-        elif kind in ("dict", "list", "tuple"):
-            for part in inner.values() if kind == "dict" else inner:
+        elif kind in (*_DICTS, "list", "tuple"):
+            for part in inner.values() if kind in _DICTS else inner:
                 _require_records(part)
 
 

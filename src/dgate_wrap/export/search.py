@@ -29,6 +29,7 @@ from .culprits import (
     calls_in_training,
     find_culprit,
     first_difference,
+    given_to,
     record_calls,
     same_value,
     values_on,
@@ -189,6 +190,8 @@ class _Search:
         self.by_batch = False
         """Whether forwards that were written anew were equal at the example's sizes, and not at others."""
         self._parts: Parts | None = None
+        self._hopeless: set[tuple[str, str]] = set()
+        """Modules, with the sizes that changed there, which no other integers help."""
 
     def _set(self, subject: Subject) -> None:
         self.subject = subject
@@ -544,7 +547,11 @@ class _Search:
         integers = Integers(self.subject.model, widths)
         expected, inputs = self._expected(widths), self._taken(draft)
         while (culprit := find_culprit(exact := self._exact(draft), inputs, expected)) is not None:
-            patch = _helping(exact, inputs, expected, culprit, integers.guesses(culprit.path))
+            sizes = culprit.path, str(integers.sizes.get(culprit.path))
+            patch = None
+            if sizes not in self._hopeless:
+                patch = _helping(exact, inputs, expected, culprit, integers.guesses(culprit.path))
+                self._hopeless |= {sizes} if patch is None else set()
             better = None if patch is None else draft.patched(patch)
             if better is not None and better.plan.attributes == draft.plan.attributes:  # a layer sets its own sizes
                 better = None
@@ -567,9 +574,13 @@ def _helping(
     model: nn.Module, inputs: Inputs, expected: Expected, culprit: Culprit, guesses: Iterable[Patch]
 ) -> Patch | None:
     """Return the first of some guesses of integers with which a module does not fail any more, without idle ones."""
+    given = given_to(model, inputs, culprit.path)
 
     def helps(patch: Patch) -> bool:
         with remembering(model, patch):
+            for x in given:  # most guesses fail in the module itself
+                if (found := find_culprit(model, x, expected, culprit.path)) and found.path == culprit.path:
+                    return False
             found = find_culprit(model, inputs, expected)
         return found is None or (found.path != culprit.path and found.done >= culprit.done)
 
