@@ -44,6 +44,17 @@ class Scored(TimeFirst):
         return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, WIDTH))
 
 
+class Copying(TimeFirst):
+    """Copies what it is given per head before one operation does the rest (UDOP)."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        assert bias is not None
+        batch, tokens, _ = x.shape
+        q, k, v = (f(x).view(batch, -1, HEADS, SIZE).transpose(1, 2) for f in (self.query, self.key, self.value))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.contiguous())
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, WIDTH))
+
+
 class Relative(TimeFirst):
     """Adds scores of its own for distances, as a mask of torch's attention (conformer)."""
 
@@ -119,6 +130,14 @@ class Table(Stack):
         return found + torch.where(x[:, None, None, :, 0] > -9, 0.0, -1e4).to(x.dtype)
 
 
+class Boxes(Table):
+    """A table of one bias per head and distance in space, which the data tell."""
+
+    def bias(self, x: Tensor) -> Tensor | None:
+        at = (4 * x[..., 0]).long()
+        return self.table((at[:, :, None] - at[:, None]).clamp(-4, 4) + 4).permute(0, 3, 1, 2)
+
+
 def with_dead_heads(model: nn.Module, dead: list[int], x: Tensor) -> nn.Module:
     randomize(model, torch.Generator().manual_seed(1))
     dg.gate(model.eval(), "heads", example_inputs=x)
@@ -134,6 +153,7 @@ CASES = {
     "merged batch and heads": (lambda: Stack(TimeFirst), (6, 3)),
     "slopes that all layers share": (lambda: Slopes(TimeFirst), (6, 3)),
     "a table that all layers share": (lambda: Table(Scored), (3, 6)),
+    "copies of a table for places": (lambda: Boxes(Copying), (3, 6)),
     "scores for distances": (lambda: Stack(Relative), (3, 6)),
     "as long as its buffer": (lambda: Stack(Masked), (2, 6)),
 }

@@ -306,6 +306,37 @@ def test_hidden_units_go_however_messages_are_summed(name: str) -> None:
         torch.testing.assert_close(result.model(nodes, e), model(nodes, e), rtol=1e-5, atol=1e-6)
 
 
+class ScaledLayers(nn.Module):
+    """One parameter holds a number for each layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.scales = nn.Linear(4, 8), nn.Parameter(torch.tensor([0.3, -0.7]))
+        self.layers, self.out = nn.ModuleList(nn.Linear(8, 8) for _ in range(2)), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        x = self.start(x)
+        for i, layer in enumerate(self.layers):
+            x = layer((1 + self.scales[i]) * x).relu()
+            seen.append(x)
+        return self.out(torch.cat(seen, -1))
+
+
+def test_numbers_that_one_parameter_holds_for_each_layer_stay() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 4, generator=generator)
+    model = ScaledLayers()
+    randomize(model, generator)
+    dg.gate(model, "channels", example_inputs=x)
+    kill(model, 0.5, generator)
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.removed == exported.report.pruning.dead > 5
+    assert exported.report.kept == []
+    assert len(exported.model.scales) == 2
+    assert_equal(model, exported.model, x, 1e-5)
+
+
 def test_a_channel_that_one_branch_of_a_sum_needs_is_kept_and_the_reason_names_the_sum() -> None:
     model = dg.gate(random_residual(), "filters")
     zero_groups(model, "conv2.weight", [1, 2])

@@ -29,7 +29,7 @@ from ..tracing.families import (
     Ranking,
     Recurrence,
 )
-from ..tracing.operations import is_tensor, op_name, shape_of
+from ..tracing.operations import COPIES, is_tensor, op_name, shape_of
 from .constants import Constants
 from .masks import along, any_of, fit, full_mask, is_any, on_axis, project, taps
 
@@ -97,6 +97,8 @@ class Facts(Constants):
         if not spare.any() or not self.reached(out, out_axis).any():
             return False
         back = axis - len(shape_of(n))
+        if op_name(node) in COPIES:  # that of a part costs no more
+            return True
         beside = [m for m in node.all_input_nodes if m is not n and is_tensor(m) and len(shape_of(m)) >= -back]
         small = n not in self.varying or torch.Size(shape_of(n)).numel() < torch.Size(shape_of(out)).numel()
         small = small or isinstance(self.families.get(node), Attention)  # which works hardest

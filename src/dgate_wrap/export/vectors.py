@@ -142,9 +142,9 @@ class Vectors:
         return _outer(self.keep[key], torch.logical_and, torch.ones((), dtype=torch.bool))
 
     def element_why(self, key: Hashable, axes: Collection[int] | None = None) -> Tensor:
-        """Return, per element, the latest reason of its indices, on some axes or on all."""
+        """Return, per element, the latest reason of its indices, on some axes or on all; a single number is needed."""
         why = [w if axes is None or a in axes else torch.full_like(w, -1) for a, w in enumerate(self.why[key])]
-        return _outer(why, torch.maximum, torch.full((), -1))
+        return _outer(why, torch.maximum, torch.tensor(-1 if why else NEEDED))
 
     def grow(self, key: Hashable, axis: int, mask: Tensor, why: int | Tensor) -> None:
         """Keep more indices of an axis, for a reason or for one per index."""

@@ -34,6 +34,9 @@ _ALSO_POINTWISE = names(
     """
 )
 """Operations that go element by element and that torch does not tag so; it never tags an alias."""
+
+COPIES = names("clone contiguous _to_copy to alias detach")
+"""Operations that give what they are given."""
 _CREATIONS = names(
     """
     zeros ones full arange empty scalar_tensor eye linspace tril_indices triu_indices new_zeros new_ones new_full

@@ -10,11 +10,10 @@ from torch.fx import Node
 
 from .families import Contraction, Lookup, Movement, NormedWeight, Pick, Pointwise
 from .movements import source_indices
-from .nodes import is_tensor, names, op_name, shape_of
+from .nodes import is_tensor, op_name, shape_of
+from .operations import COPIES
 from .structure import FIXED, ZERO, Reader, Role, Slot, compact, label_of, narrow, state_of
 from .words import Words
-
-_COPIES = names("clone contiguous _to_copy to alias detach")
 
 
 class Weights(Words):
@@ -132,7 +131,7 @@ class Weights(Words):
         family = self.families.get(node)
         if isinstance(family, Pick):
             family = self.families.get(family.source)
-        if isinstance(family, Pointwise) and op_name(node) in _COPIES:
+        if isinstance(family, Pointwise) and op_name(node) in COPIES:
             return self._scattered(family.operands[0], labels)
         if not isinstance(family, Movement) or node in self.varying:
             return None
