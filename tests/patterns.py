@@ -993,6 +993,23 @@ class MaskedGRU(nn.Module):
         return self.out(h)
 
 
+class Packed(nn.Module):
+    """A recurrence over packed sequences."""
+
+    def __init__(self, kind: Callable[..., nn.Module], ordered: bool, **options: Any) -> None:
+        super().__init__()
+        self.rnn: Any = kind(5, 6, batch_first=True, **options)
+        self.ordered, self.both = ordered, 1 + self.rnn.bidirectional
+        self.out, self.last = Linear(6 * self.both, 2), Linear(6, 2)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=self.ordered)
+        y, state = self.rnn(packed)
+        y, _ = nn.utils.rnn.pad_packed_sequence(y, batch_first=True, total_length=x.shape[1])
+        state = state[0] if isinstance(state, tuple) else state
+        return self.out(y), self.last(state[-1])
+
+
 class Episodes(nn.Module):
     """A recurrence that starts anew wherever an episode is done."""
 
@@ -1034,6 +1051,27 @@ RECURRENT = [
             rnn=6,
         )
         for how, step in MASKED.items()
+    ),
+    *(
+        _case(
+            f"packed_{name}",
+            lambda kind=kind, options=options: Packed(kind, False, **options),
+            lambda: (torch.randn(3, 4, 5), torch.tensor([2, 4, 2])),
+            data_dependent=True,
+            rnn=count,
+        )
+        for name, kind, count, options in (
+            ("lstm", nn.LSTM, 12, {"bidirectional": True}),
+            ("gru", nn.GRU, 12, {"num_layers": 2}),
+            ("rnn", nn.RNN, 6, {}),
+        )
+    ),
+    _case(
+        "packed_in_order",
+        lambda: Packed(nn.LSTM, True),
+        lambda: (torch.randn(3, 4, 5), torch.tensor([4, 2, 1])),
+        data_dependent=True,
+        rnn=6,
     ),
     _case("lstm_episodes", Episodes, lambda: (torch.randn(4, 3, 5), torch.zeros(4, 3)), rnn=6),
     _sequence("lstm_cell", _cell, lambda: {"cell": nn.LSTMCell(8, 5), "out": Linear(5, 2)}, rnn=5),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from exports import CASES, exports
 from networks import randomize
 from test_dead_branches import PAIR, TABLE, Additive, Language, Modalities, adapted, export_with_zeros
@@ -34,6 +35,35 @@ def assert_expands(exported: dg.Exported, build: Callable[[], nn.Module], **inpu
             p.sub_(1)
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), whole.parameters(), strict=True))
     return whole
+
+
+class Unbiased(nn.Module):
+    """Attention whose projections have no bias, so that constants in front of them make some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.q, self.k, self.v = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x)
+        q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_new_biases_of_units_in_another_order_go_where_these_were() -> None:
+    torch.manual_seed(0)
+    model, x = Unbiased(), torch.randn(3, 4, 5)
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model.eval(), "neurons", exclude="out.*")
+    with torch.no_grad():
+        for gate in gated_tensors(model):
+            gate.gates.gamma[[0, 3] if gate.name == "start.weight" else [0, 1, 6, 7]] = 0
+    exported = dg.export(model, x, latency=False)
+    assert "v" in exported.plan.new_biases
+    assert exported.model.v.out_features == 4
+    whole = dg.expand(exported, Unbiased(), x)
+    torch.testing.assert_close(whole(x), model(x))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -306,6 +306,51 @@ def test_hidden_units_go_however_messages_are_summed(name: str) -> None:
         torch.testing.assert_close(result.model(nodes, e), model(nodes, e), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_whose_epsilon_is_that_of_their_dtype_are_compensated_exactly(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, generator=generator, dtype=dtype)
+    model = nn.Sequential(nn.Linear(5, 8, bias=False), nn.RMSNorm(8), nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 3))
+    randomize(model, generator)
+    dg.gate(model.to(dtype), "channels", example_inputs=x)
+    gates = list(dict.fromkeys(t.gates for t in dg.gates.gated_tensors(model)))
+    with torch.no_grad():
+        gates[0].gamma[:6] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.model[1].normalized_shape == (2,)
+    assert exported.model[1].eps == 4 * torch.finfo(dtype).eps
+    assert exported.model[3].eps is None
+    assert "example times 0.001" in {p.name for p in exported.report.certificate.probes}
+    for scale in (1.0, 1e-2, 1e-4, 1e-6):
+        torch.testing.assert_close(exported.model(scale * x), model(scale * x))
+
+
+class Normed(nn.Module):
+    """Normalizes by torch's function, whose epsilon follows the dtype, and writes a size down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.out, self.scale = nn.Linear(5, 8, bias=False), nn.Linear(8, 3), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.rms_norm(self.start(x), (8,), self.scale))
+
+
+def test_a_functional_norm_whose_epsilon_follows_the_dtype_is_compensated_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, generator=generator)
+    model = Normed()
+    randomize(model, generator)
+    dg.gate(model, "channels", example_inputs=x)
+    with torch.no_grad():
+        next(iter(dg.gates.gated_tensors(model))).gates.gamma[:6] = 0
+    small = dg.export(model, x, latency=False).model
+    assert small.start.out_features == 2
+    for scale in (1.0, 1e-2, 1e-4):
+        torch.testing.assert_close(small(scale * x), model(scale * x))
+    torch.testing.assert_close(small.double()(1e-5 * x.double()), model.double()(1e-5 * x.double()))
+
+
 class ScaledLayers(nn.Module):
     """One parameter holds a number for each layer."""
 

@@ -154,3 +154,21 @@ def test_a_plan_of_another_model_is_refused(folder: Path) -> None:
 def test_a_gated_model_is_refused(folder: Path) -> None:
     with pytest.raises(dg.FileFormatError, match=r"dg\.ungate"):
         dg.load(folder, dg.gate(build(), "filters"))
+
+
+def test_spectrally_normalized_weights_are_loaded_as_they_were_saved(tmp_path: Path) -> None:
+    def normed() -> nn.Module:
+        torch.manual_seed(0)
+        first = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 8))
+        return nn.Sequential(first, nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    x = torch.randn(3, 5)
+    model = dg.gate(normed().eval(), "hidden", example_inputs=x)
+    dg.prune(model, ratio=0.5)
+    exported = dg.export(model, x, latency=False)
+    dg.save(exported, tmp_path)
+    fresh = normed().train()
+    fresh[4].eval()
+    loaded = dg.load(tmp_path, fresh)
+    assert [m.training for m in loaded] == [True, True, True, True, False]
+    assert torch.equal(loaded.eval()(x), exported.model.eval()(x))

@@ -1401,6 +1401,19 @@ def test_modules_that_return_objects_are_written_anew(tmp_path: Path) -> None:
     assert "Outputs" in plan.read_text()
 
 
+def test_a_forward_written_anew_refuses_tensors_of_other_axes_in_words() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 6)
+    model = dg.gate(Framed(), "blocks", example_inputs=x).eval()
+    with torch.no_grad():
+        for gates in all_gates(model):
+            gates.gamma[:] = 0
+    small = dg.export(model, x, latency=False).model
+    for shape in ((6,), (2, 3, 6)):
+        with pytest.raises(dg.ExportError, match="2 axes"):
+            small(torch.randn(shape))
+
+
 class Decoded(NamedTuple):
     image: Tensor
     code: Tensor

@@ -88,7 +88,7 @@ def test_the_certificate_says_what_was_compared_and_what_was_removed(tmp_path: P
 @pytest.fixture
 def no_retreat(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nothing be kept whole where a plan fails, so that no other plan can go round the fault."""
-    monkeypatch.setattr(search._Search, "_colder", lambda self, frozen, path, filled: None)
+    monkeypatch.setattr(search, "colder", lambda *_: None)
 
 
 class Counting(Encoder):
@@ -264,11 +264,15 @@ def test_other_numbers_are_compared_and_other_flags_are_told() -> None:
             torch.testing.assert_close(small(x, temperature), model(x, temperature))
             torch.testing.assert_close(small(x, temperature, shift=2), model(x, temperature, shift=2))
     assert "example with other numbers" in {p.name for p in certificate.probes}
-    assert {p.name for p in certificate.arguments} == {"normalize=True", "features=True", "shift=1"}
+    tried = {"temperature=0.74", "temperature=0.0", "normalize=True", "features=True", "shift=1"}
+    assert {p.name for p in certificate.arguments} <= tried
+    assert {p.name for p in certificate.arguments} >= tried - {"temperature=0.0"}  # which gives no finite numbers
     assert exported.report.removed == 3
     assert certificate.others == ["normalize=True", "features=True"]
     assert certificate.left_out == ["mask"]
-    assert "computes something else than the gated model with normalize=True, features=True" in str(exported.report)
+    assert "computes something else than the gated model, or fails, with normalize=True, features=True" in str(
+        exported.report
+    )
 
 
 def test_constants_that_other_numbers_change_are_not_folded() -> None:
@@ -626,7 +630,7 @@ def test_an_output_that_is_nothing_but_rounding_excuses_no_other() -> None:
     model = Centred().eval()
     verifier = Verifier(model, copy.deepcopy(model).double(), normalize_inputs(torch.randn(5, 4)), "float64")
     certificate = verifier.check(model, copy.deepcopy(model).double())
-    assert certificate.tolerance["float64"] < 1e-9
+    assert certificate.tolerance["float64"] < 1e-8
     wrong = copy.deepcopy(model)
     with torch.no_grad():
         wrong.down.weight *= 1.1

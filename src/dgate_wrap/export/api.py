@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,9 @@ from .facts import Facts
 from .masks import on_axis
 from .plan import Plan
 from .report import Kept, Report, Size, find_kept, latencies, measure
-from .search import Found, Subject, differing, smallest
+from .search import Found, differing, smallest
 from .selection import reduced
+from .subject import Subject
 from .verify import Verifier, finite, run, to_double
 
 _LARGE = 2 * 2**30
@@ -143,11 +144,22 @@ def export(
             dead = _dead_groups(tensors)
             labels = [(gates, [(t.name, t.gate.index.cpu()) for t in members]) for gates, members in by_gates(tensors)]
             dense = ungate(pruned)
+            implied = _with_epsilons(dense)
         subject, doubled, given, why = _analyse(dense, inputs, clock)
         _require_varying_output(subject.facts, pruning)
         large = weight_bytes(dense) > _LARGE
         on_cpu = subject.model if any(p.device.type != "cpu" for p in dense.parameters()) else None
-        verifier = Verifier(dense, doubled, inputs, why, given, one_by_one=large, dynamic=dynamic, on_cpu=on_cpu)
+        verifier = Verifier(
+            dense,
+            doubled,
+            inputs,
+            why,
+            given,
+            one_by_one=large,
+            dynamic=dynamic,
+            follows=bool(subject.facts.trace.notes),
+            on_cpu=on_cpu,
+        )
         options = {"rewrite": rewrite, "select_inputs": select_inputs}
         with clock("analysis"):
             orders = find_orders(subject.model, subject.facts, verifier)
@@ -165,11 +177,26 @@ def export(
             taken = [reduced(x, found.small, found.plan.taken) for x in verifier.inputs]
             report = replace(report, config=express(dense, found.small, taken))
         separate_(found.small, model, dense)
+        for path, module in found.small.named_modules():
+            if path in implied and "eps" not in found.plan.attributes.get(path, {}):
+                cast(Any, module).eps = None
     for name, module in found.small.named_modules():
         module.training = model.get_submodule(name).training
     report = replace(report, seconds=clock.seconds)
     plan = _with_orders(found.plan, orders)
     return Exported(found.small, plan, report, signature(dense), _dropped(dense, found), inputs)
+
+
+def _with_epsilons(model: nn.Module) -> set[str]:
+    """Write down the epsilons that norms take from their dtype, of narrow ones those of float32; return which norms do.
+
+    What makes up for cut dimensions divides them by the share that is left, also where all is analysed in float64.
+    """
+    found = {n: m for n, m in model.named_modules() if type(m) is nn.RMSNorm and m.eps is None and m.elementwise_affine}
+    for module in found.values():
+        wide = module.weight.dtype == torch.float64
+        module.eps = torch.finfo(torch.float64 if wide else torch.float32).eps
+    return {*found}
 
 
 def _dropped(dense: nn.Module, found: Found) -> dict[str, Tensor]:
@@ -279,7 +306,12 @@ def _in_new_order(labels: _Labels, orders: dict[str, Cut]) -> _Labels:
 
 
 def _with_orders(plan: Plan, orders: dict[str, Cut]) -> Plan:
-    """Return a plan for tensors whose indices are in the order of the user's model."""
+    """Return a plan for tensors whose indices are in the order of the user's model; new biases follow their weights."""
+    for path in plan.new_biases:
+        weight, bias = (f"{path}.{leaf}" if path else leaf for leaf in ("weight", "bias"))
+        order = orders[weight].axes.get(0) if weight in orders else None
+        if order is not None:
+            orders = {**orders, bias: Cut((len(order),), {0: order})}
     cuts = {n: orders[n].then(cut) if n in orders else cut for n, cut in plan.cuts.items()}
     return replace(plan, cuts={**orders, **cuts})
 

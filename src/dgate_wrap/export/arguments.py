@@ -20,20 +20,20 @@ def with_other_floats(example: Inputs) -> Inputs | None:
     """Return the example with other numbers in place of all floats that it gives (a temperature), or ``None``."""
     if not any(type(x) is float for x in example.leaves()):
         return None
-    args, kwargs = pytree.tree_map_only(float, _other, (example.args, example.kwargs))
+    args, kwargs = pytree.tree_map_only(float, lambda x: _others(x)[0], (example.args, example.kwargs))
     return Inputs(args, kwargs)
 
 
 def other_values(model: nn.Module, example: Inputs) -> Iterator[tuple[str, Inputs]]:
-    """Yield the example with another flag or whole number, or with one that it leaves to its default, and say which."""
+    """Yield the example with another flag or number, or with one that it leaves to its default, and say which."""
     leaves, form = pytree.tree_flatten((example.args, example.kwargs))
     for i, name in enumerate(input_names(model, example)[:_MANY]):
-        if type(leaves[i]) in (bool, int):
-            args, kwargs = pytree.tree_unflatten([*leaves[:i], _other(leaves[i]), *leaves[i + 1 :]], form)
-            yield f"{name}={_other(leaves[i])}", Inputs(args, kwargs)
+        for other in _others(leaves[i]):
+            args, kwargs = pytree.tree_unflatten([*leaves[:i], other, *leaves[i + 1 :]], form)
+            yield f"{name}={other}", Inputs(args, kwargs)
     for name, default in list(_left_out(model, example).items())[:_MANY]:
-        if type(default) in (bool, int, float):
-            yield f"{name}={_other(default)}", Inputs(example.args, {**example.kwargs, name: _other(default)})
+        for other in _others(default):
+            yield f"{name}={other}", Inputs(example.args, {**example.kwargs, name: other})
 
 
 def left_out(model: nn.Module, example: Inputs) -> list[str]:
@@ -48,8 +48,10 @@ def _left_out(model: nn.Module, example: Inputs) -> dict[str, Any]:
     return {n: p.default for n, p in signature(model).items() if n not in given and p.kind in named}
 
 
-def _other(x: Any) -> Any:
-    """Return another value of a flag or a number."""
-    if isinstance(x, bool):
-        return not x
-    return x + 1 if isinstance(x, int) else round(0.63 * x + 0.11, 6)
+def _others(x: Any) -> list[Any]:
+    """Return other values of a flag or a number; none of anything else."""
+    if type(x) is bool:
+        return [not x]
+    if type(x) is int:
+        return list(dict.fromkeys([x + 1, *([x - 1, x // 2] if x > 0 else [])]))
+    return [round(0.63 * x + 0.11, 6), *([0.0] if x else [])] if type(x) is float else []

@@ -10,8 +10,6 @@ from ..errors import ExportError
 from ..tracing import Inputs
 from .draws import SEED
 
-OTHER_FORM = "the smaller network gives outputs of other shapes"
-
 
 @dataclass(frozen=True)
 class Probe:
@@ -47,7 +45,7 @@ class Certificate:
         gone: Modules that are gone with all their parameters.
         rewritten: Modules whose forward was written anew.
         dynamic: Which sizes of the inputs may be others than in the example: ``"all"``, or that of the ``"batch"``.
-        arguments: Other flags and whole numbers than the example's, and than the defaults of arguments that it leaves
+        arguments: Other flags and numbers than the example's, and than the defaults of arguments that it leaves
             out. They are compared and not required to be equal: what the example does not use may have been cut.
         left_out: Arguments that the example leaves out and that nothing could be tried for, such as a mask.
     """
@@ -70,9 +68,9 @@ class Certificate:
 
     @property
     def others(self) -> list[str]:
-        """The arguments with which the smaller network computes something else than the gated one."""
-        far = (p for p in self.arguments if any(e > self.tolerance[k] for k, e in p.errors.items()))
-        return [p.name for p in (*far, *(p for p in self.arguments if p.skipped == OTHER_FORM))]
+        """The arguments with which the smaller network computes something else than the gated one, or fails."""
+        far = (p.skipped or any(e > self.tolerance[k] for k, e in p.errors.items()) for p in self.arguments)
+        return [p.name for p, is_far in zip(self.arguments, far, strict=True) if is_far]
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ class Draws:
         return self._example.map(draw)
 
     def _draw(self, x: Tensor, shape: list[int], spread: float) -> Tensor:
+        if x.layout != torch.strided:
+            return x
         if x.is_floating_point():
             noise = torch.randn(shape, generator=self._generator, dtype=torch.float64)
             deviation = x.double().std().nan_to_num(1.0) if x.numel() > 1 else torch.ones(())
@@ -122,7 +124,9 @@ class Draws:
 
 def holds_few(x: object) -> bool:
     """Tell whether whole numbers, or truth values, lie so close together that others may do other things."""
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or not x.numel():
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_floating_point() or x.is_complex():
+        return False
+    if not x.numel():
         return False
     return int(x.max()) - int(x.min()) <= _FEW
 

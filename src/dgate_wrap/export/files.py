@@ -119,7 +119,11 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     _check_weights(parsed, weights, model)
     devices = {n: t.device for n, t in _state(model).items()}
     home = next(iter(devices.values()), torch.device("cpu"))
-    return parsed.apply(model, {n: t.to(devices.get(n, home)) for n, t in weights.items()})
+    modes = {n: m.training for n, m in model.named_modules()}
+    small = parsed.apply(model.eval(), {n: t.to(devices.get(n, home)) for n, t in weights.items()})
+    for name, module in small.named_modules():  # in train mode, to read a spectrally normalized weight changes it
+        module.training = modes.get(name, modes[""])
+    return small
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

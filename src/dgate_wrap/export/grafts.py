@@ -221,7 +221,8 @@ class Grafts:
         placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
         takes = without_unread(takes, {i for i, n in enumerate(placeholders[: len(inputs)]) if n.users})
         shapes = {n: list(t.shape) for n, t in part.constants.items()}
-        return Recipe(describe_graph(part.graph), takes, gives, shapes, self._drops(path, part)), part.constants
+        axes = [x.dim() for x in given]
+        return Recipe(describe_graph(part.graph), takes, gives, shapes, self._drops(path, part), axes), part.constants
 
     def _drops(self, path: str, part: Part) -> list[str]:
         """Return the tensors of a module that its code reads and its new forward does not.

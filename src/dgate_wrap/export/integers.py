@@ -9,7 +9,10 @@ from itertools import combinations, islice, product
 from torch import Tensor, nn
 from torch.fx import Node
 
+from ..tracing import Inputs
 from ..tracing.origins import owner, owners
+from .culprits import Culprit, Expected, find_culprit, given_to
+from .plan import remembering
 from .widths import Widths
 
 Patch = dict[str, dict[str, int]]
@@ -51,6 +54,28 @@ class Integers:
     def guesses(self, path: str) -> Iterator[Patch]:
         """Yield patches of a module and all of its class, the boldest first: its own integers, then others it reads."""
         return islice(self._all_guesses(path), _TRIES)
+
+    def helping(self, model: nn.Module, inputs: Inputs, expected: Expected, culprit: Culprit) -> Patch | None:
+        """Return the first guess with which a module of a smaller model fails no more, without idle integers."""
+        given = given_to(model, inputs, culprit.path)
+
+        def helps(patch: Patch) -> bool:
+            with remembering(model, patch):
+                for x in given:  # most guesses fail in the module itself
+                    if (found := find_culprit(model, x, expected, culprit.path)) and found.path == culprit.path:
+                        return False
+                found = find_culprit(model, inputs, expected)
+            return found is None or (found.path != culprit.path and found.done >= culprit.done)
+
+        for patch in self.guesses(culprit.path):
+            if not helps(patch):
+                continue
+            for name in list(patch):
+                fewer = {k: v for k, v in patch.items() if k != name}
+                if fewer and helps(fewer):
+                    patch = fewer  # noqa: PLW2901
+            return patch
+        return None
 
     def _all_guesses(self, path: str) -> Iterator[Patch]:
         alike = {p: self._candidates(p) for p, m in self._modules.items() if type(m) is type(self._modules[path])}

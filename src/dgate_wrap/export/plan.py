@@ -311,7 +311,7 @@ class Permissions:
         path = owner(node)
         return path if path is not None and isinstance(self._modules.get(path), _SIZED) else None
 
-    def epsilon(self, path: str) -> float | None:
+    def epsilon(self, path: str) -> float:
         """Return the epsilon of a normalization."""
         return cast(Any, self._modules[path]).eps
 
@@ -414,7 +414,7 @@ def _rescale(
     normalized value is therefore √(k / n) times what it was.
 
     Returns:
-        Per weight, k / n; and per layer, its new epsilon; of one that takes it from its dtype, none.
+        Per weight, k / n; and per layer, its new epsilon.
     """
     rescaled: dict[str, float] = {}
     epsilons: dict[str, float] = {}
@@ -428,9 +428,7 @@ def _rescale(
         weight = widths.facts.trace.sources[family.parameters[0][0]].name
         tensors[weight] = tensors[weight] * share**-0.5
         rescaled[weight] = share
-        epsilon = permissions.epsilon(path)
-        if epsilon is not None:
-            epsilons[path] = epsilon / share
+        epsilons[path] = permissions.epsilon(path) / share
     return rescaled, epsilons
 
 

@@ -12,7 +12,7 @@ import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -312,6 +312,7 @@ class Recipe:
         gives: Its result, as a tree of tensors and values.
         constants: Shapes of the tensors that are constants by now, which the module holds as buffers.
         drops: Parameters and buffers that it does not read any more.
+        axes: How many axes each tensor has that it is given, in their order.
     """
 
     steps: list[list[Any]]
@@ -319,6 +320,7 @@ class Recipe:
     gives: Any
     constants: dict[str, list[int]]
     drops: list[str]
+    axes: list[int] = field(default_factory=list[int])
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -412,14 +414,21 @@ class Rewritten(nn.Module):
         arguments = bind(self._signature, args, kwargs)
         found: dict[int, Any] = {}
         for name, tree in self.recipe.takes["dict"].items():
-            if not match_tree(tree, arguments.get(name), found):
+            earlier = len(found)
+            fits = match_tree(tree, arguments.get(name), found)
+            axes = [self.recipe.axes[i] for i in list(found)[earlier:] if self._has_other_axes(i, found[i])]
+            if not fits or axes:
+                form = f"{axes[0]} axes" if fits else _short(tree)
                 raise ExportError(
                     f"the rewritten {self.stands_for} got {name}={_short(arguments.get(name))}.",
-                    expected=f"{name} of the form it had when it was exported: {_short(tree)}",
+                    expected=f"{name} of the form it had when it was exported: {form}",
                     mend="export with example inputs of this form, or dg.export(..., rewrite=False) to keep its code",
                 )
         results = self._run(self, *(found[i] for i in range(len(found))))
         return build_tree(self.recipe.gives, results)
+
+    def _has_other_axes(self, i: int, value: Any) -> bool:
+        return isinstance(value, Tensor) and i < len(self.recipe.axes) and value.dim() != self.recipe.axes[i]
 
 
 def plain_signature(module: nn.Module) -> list[tuple[str, int, Any]]:

@@ -111,7 +111,9 @@ class Report:
             f"verified on {len(self.certificate.probes)} inputs{skipped}; largest relative difference {errors}"
         )
         if self.certificate.others:
-            lines.append(f"computes something else than the gated model with {', '.join(self.certificate.others)}")
+            lines.append(
+                f"computes something else than the gated model, or fails, with {', '.join(self.certificate.others)}"
+            )
         if self.frozen:
             lines.append(f"kept whole for the code of {', '.join(p or 'the model' for p in self.frozen)} to run")
         if self.rewritten:

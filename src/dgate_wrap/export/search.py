@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
-from ..errors import ExportError, TraceError
+from ..errors import ExportError
 from ..tracing import Inputs
 from ..tracing.families import NormedWeight
-from ..tracing.origins import owner, place
-from ..tracing.symbolic import Symbolic, capture_symbolic, is_open
+from ..tracing.symbolic import Symbolic, is_open
 from .caches import MASK, cached_uses, given_caches
 from .certificate import Certificate, Mismatch, Unsteady
 from .copies import share
@@ -26,24 +24,23 @@ from .culprits import (
     Call,
     Culprit,
     Expected,
-    calls_in_training,
     find_culprit,
     first_difference,
-    given_to,
     record_calls,
-    same_value,
     values_on,
 )
 from .dead import Branch, find_dead
 from .facts import Facts
+from .freezing import colder
 from .grafts import Grafts, Parts
 from .integers import Integers, Patch
 from .padding import find_patch, padded
-from .plan import Draft, Permissions, Plan, make_plan, remembering
+from .plan import Draft, Permissions, Plan, make_plan
 from .scatter import partial_rows
 from .selection import is_selectable, reduced
-from .vectors import Allowed, Frozen, makes
-from .verify import Verifier, to_double
+from .subject import Subject
+from .vectors import Allowed, Frozen
+from .verify import Verifier
 from .widths import Widths
 
 _WORTH = 0.98
@@ -54,31 +51,6 @@ _MUCH = 2**30
 
 _SIZES = 4
 """At how many other sizes of the inputs constants are looked at, before a network counts as different."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is analysed.
-
-    Args:
-        model: A copy of the dense model, in the precision of the analysis.
-        inputs: Example inputs, in that precision.
-        facts: Constants and liveness of its graph.
-        symbolic: Its graph with open sizes, if it was asked for and there is one.
-    """
-
-    model: nn.Module
-    inputs: Inputs
-    facts: Facts
-    symbolic: Symbolic | None = None
-
-    def opened(self, dynamic: str) -> Subject:
-        """Trace the model with open sizes too, which takes longer, and analyse that trace."""
-        try:
-            trace, symbolic = capture_symbolic(self.model, self.inputs.args, self.inputs.kwargs, dynamic)
-        except TraceError:  # a forward that changes the model may be traced once only
-            return self
-        return self if symbolic is None else Subject(self.model, trace.inputs, Facts(trace), symbolic)
 
 
 @dataclass(frozen=True)
@@ -162,16 +134,9 @@ def _smallest(search: _Search, *, rewrite: bool) -> Found:
     return replace(own, by_batch=search.by_batch)
 
 
-def in_precision(subject: Subject, inputs: Inputs) -> Inputs:
-    """Return inputs as the analysis takes them."""
-    held = [*subject.inputs.leaves(), *subject.model.parameters()]
-    double = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in held)
-    return inputs.map(Tensor.cpu).map(to_double) if double else inputs.map(Tensor.cpu)
-
-
 def differing(subject: Subject, exact: nn.Module, widths: Widths, plan: Plan, mismatch: Mismatch) -> str | None:
     """Return the first module of a network that differs, where it does; ``None`` if unknown."""
-    inputs = in_precision(subject, mismatch.inputs)
+    inputs = subject.in_precision(mismatch.inputs)
     taken = reduced(inputs, exact, plan.taken)
     return first_difference(subject.model, exact, widths.facts.trace, widths, (inputs, taken))
 
@@ -236,7 +201,7 @@ class _Search:
         probe = next(probes, None)
         if probe is None:
             return False
-        elsewhere = replace(self.subject, inputs=in_precision(self.subject, probe)).opened(self.verifier.dynamic)
+        elsewhere = replace(self.subject, inputs=self.subject.in_precision(probe)).opened(self.verifier.dynamic)
         if elsewhere.symbolic is None or self._stuck(elsewhere):
             return False
         self._set(elsewhere)
@@ -262,7 +227,7 @@ class _Search:
         """
         if opened.symbolic is None:
             return set()
-        given = _given(opened, opened.symbolic)
+        given = opened.given
         return {(i, axis) for i, axis in self._varied if not is_open(given[i].meta["val"].shape[axis])}
 
     @property
@@ -275,7 +240,7 @@ class _Search:
     def calls(self) -> list[Call]:
         """Every call of the dense model's modules."""
         if self._calls is None:
-            probes = (in_precision(self.subject, x) for x in self.verifier.inputs[1:])
+            probes = (self.subject.in_precision(x) for x in self.verifier.inputs[1:])
             self._calls = record_calls(self.subject.model, self.subject.inputs, probes)
         return self._calls
 
@@ -311,7 +276,7 @@ class _Search:
             return False
         if subject.symbolic is None:  # sizes that vary are told from others only if something can be gained
             return axis > 0 and not self._tried_to_open
-        given = _given(subject, subject.symbolic)
+        given = subject.given
         [i] = [i for i, n in enumerate(given) if subject.symbolic.twins[n] is node]
         return not is_open(given[i].meta["val"].shape[axis]) or (i, axis) not in self._varied
 
@@ -353,7 +318,8 @@ class _Search:
     def _activation_bytes(self) -> int:
         """How much the activations on the example take."""
         facts = self.subject.facts
-        return sum(v.nbytes for n in facts.varying if isinstance(v := facts.values.get(n), Tensor))
+        made = (v for n in facts.varying if isinstance(v := facts.values.get(n), Tensor))
+        return sum(v.nbytes for v in made if v.layout == torch.strided)
 
     def _require_agreement(self, draft: Draft, widths: Widths) -> None:
         """Require that every module gives what it should: of what code gets wrong, saturated outputs show nothing."""
@@ -419,10 +385,10 @@ class _Search:
                 if isinstance(found, Found):
                     return found
                 path, failure = found[0].path, found[1]
-            colder = None if path is None else self._colder(frozen, path, widths.filled)
-            if colder is None:
+            more = None if path is None else colder(self.subject, self.calls, frozen, path, widths.filled)
+            if more is None:
                 raise failure
-            frozen = colder
+            frozen = more
 
     def _learns(self) -> bool:
         """See which constants are others at the sizes at which a network differed last; tell whether that is news."""
@@ -431,7 +397,7 @@ class _Search:
         if mismatch is None or not sized or len(facts.elsewhere) >= _SIZES:
             return False
         with contextlib.suppress(Exception):
-            values = values_on(self.subject.model, facts.trace, in_precision(self.subject, mismatch.inputs))
+            values = values_on(self.subject.model, facts.trace, self.subject.in_precision(mismatch.inputs))
             learned = Facts(facts.trace, [*facts.elsewhere, {} if values is None else values])
             news = any(
                 bool((m & ~facts.sized[n]).any() if n in facts.sized else m.any()) for n, m in learned.sized.items()
@@ -489,58 +455,10 @@ class _Search:
         if any(b.meets is not None for b in branches):
             yield grafts.without(draft, [Branch((p,), None) for b in branches for p in b.paths])
 
-    def _colder(self, frozen: Frozen, path: str, filled: set[str]) -> Frozen | None:
-        """Keep more of a module and those at its place in other layers, or of one around it; ``None`` if all is kept.
-
-        Of modules in which something would be empty, a whole index of it first.
-        """
-        modules = dict(self.subject.model.named_modules())
-        working = {owner(n) or "" for n in self.subject.facts.nodes if n.op == "call_function"}
-        making = {owner(n) or "" for n in self.subject.facts.nodes if makes(n)}
-        step: str | None = path
-        while step is not None:
-            alike = {p for p, m in modules.items() if type(m) is type(modules[step]) and place(p) == place(step)}
-            shown = not step or any(f"{p}.".startswith(f"{step}.") for p in working)
-            idle = set[Node]() if shown else self._given_to(step)
-            if not idle <= frozen.idle:
-                return replace(frozen, idle=frozen.idle | idle)
-            if step not in frozen.made | frozen.reshapes and step in making:
-                return replace(frozen, made=frozen.made | alike)
-            if step not in frozen.fills | frozen.reshapes and step in filled:
-                return replace(frozen, fills=frozen.fills | alike)
-            if step not in frozen.reshapes and alike & working:
-                return replace(frozen, reshapes=frozen.reshapes | alike)
-            if step not in frozen.modules and alike & working:
-                return replace(frozen, modules=frozen.modules | alike)
-            step = step.rpartition(".")[0] if step else None
-        return None
-
-    def _given_to(self, path: str) -> set[Node]:
-        """Return the nodes that have the value of an argument of a module."""
-        return self._passed_to([c for c in self.calls if c.path == path])
-
-    @functools.cached_property
-    def _training_calls(self) -> list[Call]:
-        """Calls that the model makes in training only, and that the graph does not show therefore."""
-        sources = self.subject.facts.trace.sources
-        if all(n.users for n, s in sources.items() if s.kind == "parameter"):
-            return []
-        with contextlib.suppress(Exception):
-            return calls_in_training(self.subject.model, self.subject.inputs)
-        return []
-
     @property
     def start(self) -> Frozen:
         """What is kept from the start."""
-        return Frozen(idle=frozenset(self._passed_to(self._training_calls)))
-
-    def _passed_to(self, calls: list[Call]) -> set[Node]:
-        """Return the nodes that have the value of an argument of some calls."""
-        leaves = [x for c in calls for x in pytree.tree_leaves(c.arguments)]
-        given = [x for x in leaves if isinstance(x, Tensor)]
-        facts = self.subject.facts
-        nodes = [n for n in facts.nodes if n in facts.varying and isinstance(facts.values.get(n), Tensor)]
-        return {n for n in nodes if any(same_value(facts.values[n], x) for x in given)}
+        return Frozen(idle=frozenset(self.subject.passed_to(self.subject.training_calls)))
 
     def _repair(self, draft: Draft, widths: Widths, grafts: Grafts | None) -> tuple[Draft, Culprit | None]:
         """Give modules other integers, or forwards that are written anew; return the first that this does not help."""
@@ -550,7 +468,7 @@ class _Search:
             sizes = culprit.path, str(integers.sizes.get(culprit.path))
             patch = None
             if sizes not in self._hopeless:
-                patch = _helping(exact, inputs, expected, culprit, integers.guesses(culprit.path))
+                patch = integers.helping(exact, inputs, expected, culprit)
                 self._hopeless |= {sizes} if patch is None else set()
             better = None if patch is None else draft.patched(patch)
             if better is not None and better.plan.attributes == draft.plan.attributes:  # a layer sets its own sizes
@@ -561,38 +479,6 @@ class _Search:
                 break
             draft = better
         return draft, culprit
-
-
-def _given(subject: Subject, symbolic: Symbolic) -> list[Node]:
-    """Return the tensors among the inputs of a graph with open sizes, in their order."""
-    twins, sources = symbolic.twins, subject.facts.trace.sources
-    inputs = [n for n in symbolic.graph.nodes if n.op == "placeholder" and sources[twins[n]].kind == "input"]
-    return [n for n in inputs if isinstance(n.meta["val"], Tensor)]
-
-
-def _helping(
-    model: nn.Module, inputs: Inputs, expected: Expected, culprit: Culprit, guesses: Iterable[Patch]
-) -> Patch | None:
-    """Return the first of some guesses of integers with which a module does not fail any more, without idle ones."""
-    given = given_to(model, inputs, culprit.path)
-
-    def helps(patch: Patch) -> bool:
-        with remembering(model, patch):
-            for x in given:  # most guesses fail in the module itself
-                if (found := find_culprit(model, x, expected, culprit.path)) and found.path == culprit.path:
-                    return False
-            found = find_culprit(model, inputs, expected)
-        return found is None or (found.path != culprit.path and found.done >= culprit.done)
-
-    for patch in guesses:
-        if not helps(patch):
-            continue
-        for name in list(patch):
-            fewer = {k: v for k, v in patch.items() if k != name}
-            if fewer and helps(fewer):
-                patch = fewer  # noqa: PLW2901
-        return patch
-    return None
 
 
 def _like(model: nn.Module, name: str, value: Tensor) -> Tensor:

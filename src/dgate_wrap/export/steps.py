@@ -204,7 +204,10 @@ def _mean(w: Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> An
 
 
 def _rms_norm(w: Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """Take the mean of squares over how many there were, as `Plan` does for the layers that may be changed."""
+    """Take the mean of squares over how many there were, as `Plan` does for the layers that may be changed.
+
+    An epsilon that follows the dtype stays, beside squares that are as much smaller as it would have to be larger.
+    """
     share = share_of(w, node)
     if share == 1:
         return None
@@ -212,6 +215,8 @@ def _rms_norm(w: Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -
     args[1] = _sizes(w, node, sizes, len(shape_of(w.r.twin(node))) - len(sizes))
     if len(args) > 3 and args[3] is not None:
         args[3] = args[3] / share
+    else:
+        args[0] = w.graph.call_function(torch.ops.aten.mul.Tensor, (args[0], share**0.5))
     made = w.graph.call_function(cast(Any, node.target), tuple(args), kwargs)
     if w.r.permissions.can_rescale(w.r.twin(node)):
         return made

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from ..tracing import Inputs
 from ..tracing.inputs import PLAIN, without_cache
 from ..tracing.settings import evaluating
 from .arguments import left_out, other_values, with_other_floats
-from .certificate import OTHER_FORM, Certificate, Mismatch, Probe, Unsteady, constant_output
+from .certificate import Certificate, Mismatch, Probe, Unsteady, constant_output
 from .copies import InDouble
 from .draws import BESIDE, Draws, holds_few, in_words, resizings
 from .rounding import moves
@@ -33,6 +33,11 @@ from .selection import Kept, reduced
 
 _OWN, _DOUBLE = "own precision", "float64"
 
+_NARROW = 1e-5
+"""How far float32 rounds at most; what differs more by other rounding jumps."""
+
+_SMALL = 1e-3
+_LARGE_BATCH = 16
 _FLOATS = "example with other numbers"
 
 _ROUNDINGS = 20
@@ -85,6 +90,15 @@ def relative_error(reference: list[Any], other: list[Any], *, any_dtype: bool = 
             error = float((a - b).abs().max() / a.abs().max().clamp_min(least))
             worst = max(worst, error if error == error else float("inf"))
     return worst
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two inputs are the same; those that are not drawn anew, such as sparse ones, are."""
+    return a is b or torch.equal(a, b)
+
+
+def _shrunk(x: Tensor) -> Tensor:
+    return x * _SMALL if x.is_floating_point() else x
 
 
 def finite(outputs: list[Any]) -> bool:
@@ -141,6 +155,7 @@ class Verifier:
         given: What ``doubled`` gives on the example, if it was run already.
         one_by_one: Whether to compare in float64 after all, by widening operation by operation.
         dynamic: Which sizes may be others than in the example.
+        follows: Whether the graph follows values of the example, so that more random inputs are worth their time.
         on_cpu: The reference on the CPU if it lies elsewhere. It runs random inputs first, since an index out of bounds
             is an error there, and the end of the process on a GPU.
 
@@ -159,6 +174,7 @@ class Verifier:
         *,
         one_by_one: bool = False,
         dynamic: str = "all",
+        follows: bool = False,
         on_cpu: nn.Module | None = None,
     ) -> None:
         start = time.perf_counter()
@@ -180,6 +196,9 @@ class Verifier:
             accepted = [self._add_resized(name, sizes) for name, sizes in alone]
             if len(ways) > 1 and not all(accepted):
                 self._add_resized(*ways[-1])
+        self._add_small()
+        if follows:
+            self._add_many()
         self._add_floats()
         self.preparing, self.checking = time.perf_counter() - start, 0.0
 
@@ -270,7 +289,7 @@ class Verifier:
             if not self._add("random, as large as the example" if spread == 1 else f"random, {spread:g}×", inputs):
                 continue
             given, example = inputs.leaves(), first.inputs.leaves()
-            still -= {i for i in still if not torch.equal(cast(Tensor, given[i]), cast(Tensor, example[i]))}
+            still -= {i for i in still if not _same_values(given[i], example[i])}
             latest = self._references[-1]
             exact = first.double is not None and latest.double is not None
             if relative_error(*((r.double if exact else r.own) or [] for r in (first, latest))) > 0:
@@ -294,6 +313,22 @@ class Verifier:
             if self._add("random, of other whole numbers", self._draws(beside=beside)):
                 self._beside = beside
                 return
+
+    def _add_many(self) -> None:
+        """Add random inputs that may take other branches than the example: some of its sizes, and a large batch."""
+        for spread in _SPREADS:
+            self._add("random, another", self._draws(spread=spread))
+        ways = next((w for w in resizings(self._references[0].inputs, "batch")), None)
+        if ways is not None:
+            places = ways[-1][1]
+            new = _LARGE_BATCH * max(1, *(self._references[0].inputs.sizes[at] for at in places))
+            self._add_resized(f"random, batch {new}", dict.fromkeys(places, new))
+
+    def _add_small(self) -> None:
+        """Add an example that is next to nothing, where the epsilons of norms and the biases are all that counts."""
+        example = self._references[0].inputs
+        if any(x.is_floating_point() for x in example.leaves() if isinstance(x, Tensor)):
+            self._add(f"example times {_SMALL:g}", example.map(_shrunk))
 
     def _add_floats(self) -> None:
         """Add other numbers where the example gives some, unless they draw something (a dropout's probability)."""
@@ -440,13 +475,14 @@ class Verifier:
                 self._fail(probe.inputs, f"it does not run on the {probe.name}: {_first_line(e)}", e)
                 raise
             errors[precision] = relative_error(reference, outputs)
-            if precision == _DOUBLE and tolerance[_DOUBLE] < errors[_DOUBLE] <= tolerance[_OWN]:
-                errors[_DOUBLE] = min(errors[_DOUBLE], self._error_throughout(model, inputs, probe))
+            if tolerance[precision] < errors[precision] <= _NARROW:
+                throughout = self._error_throughout(exact, inputs.map(Tensor.cpu).map(to_double), probe)
+                errors[precision] = min(errors[precision], throughout)
             if errors[precision] > tolerance[precision]:
                 where = "its own precision" if precision == _OWN else precision
                 found = f"on the {probe.name}, in {where}, it differs by {errors[precision]:.2e} of the largest output"
                 jump = self._jump(probe, precision)
-                if jump < max(errors[precision] / _ROUNDINGS, self._tolerance[_OWN]):
+                if jump < max(errors[precision] / _ROUNDINGS, self._tolerance[_OWN], _NARROW):
                     self._fail(probe.inputs, found)
                 unsteady = Unsteady(found, jump)
                 if precision == _DOUBLE or _DOUBLE not in errors:
@@ -483,10 +519,10 @@ class Verifier:
                 continue
             try:
                 error = relative_error(first, run(small, reduced(inputs, small, kept)))
-                far = Probe(name, _shapes(inputs), skipped=OTHER_FORM)
+                far = Probe(name, _shapes(inputs), skipped="the smaller network gives outputs of other shapes")
                 probes.append(Probe(name, _shapes(inputs), {_OWN: error}) if math.isfinite(error) else far)
             except Exception as e:
-                probes.append(Probe(name, _shapes(inputs), skipped=f"the smaller network refuses it: {_first_line(e)}"))
+                probes.append(Probe(name, _shapes(inputs), skipped=f"the smaller network fails: {_first_line(e)}"))
         self.checking += time.perf_counter() - start
         return replace(certificate, arguments=probes, left_out=left_out(self._model, example))
 

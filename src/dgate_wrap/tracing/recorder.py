@@ -368,6 +368,72 @@ def _bincount(recorder: _Recorder, func: Any, x: Tensor, weights: Tensor | None 
     return torch.zeros(size, dtype=ones.dtype, device=x.device).scatter_add(0, x.long(), ones)
 
 
+def _packed_lengths(batch_sizes: list[int]) -> list[int]:
+    """Return the lengths of packed sequences, the longest first, of how many of them have each step."""
+    return [sum(n > i for n in batch_sizes) for i in range(batch_sizes[0])]
+
+
+def _packed_rows(batch_sizes: list[int]) -> list[list[int]]:
+    """Return the row of every step of every packed sequence: first steps of all come first, then second ones."""
+    starts = [0, *itertools.accumulate(batch_sizes)]
+    return [[starts[t] + i for t in range(n)] for i, n in enumerate(_packed_lengths(batch_sizes))]
+
+
+def _listed(recorder: _Recorder, x: Tensor) -> list[int]:
+    """Return whole numbers on which shapes depend, and note that they do."""
+    recorder.read(x, "gives a shape that depends on the values of a tensor")
+    with _disable_current_modes():
+        return cast("list[int]", x.tolist())
+
+
+def _constant(values: Any, device: torch.device) -> Tensor:
+    with _disable_current_modes():
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+
+def _pack(recorder: _Recorder, func: Any, x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    found = _listed(recorder, lengths)
+    sizes = [sum(n > t for n in found) for t in range(max(found))]
+    x = x.transpose(0, 1) if batch_first else x
+    rows = [t * x.shape[1] + i for t, n in enumerate(sizes) for i in range(n)]
+    return x.flatten(0, 1).index_select(0, _constant(rows, x.device)), _constant(sizes, torch.device("cpu"))
+
+
+def _pad(
+    recorder: _Recorder, func: Any, data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, total: int
+) -> tuple[Tensor, Tensor]:
+    rows = _packed_rows(_listed(recorder, batch_sizes))
+    steps = max(total, len(rows[0]))
+    places = [[own[t] if t < len(own) else 0 for own in rows] for t in range(steps)]
+    beyond = _constant([[t >= len(own) for own in rows] for t in range(steps)], data.device)
+    padded = data.index_select(0, _constant(places, data.device).flatten()).unflatten(0, (steps, len(rows)))
+    with _disable_current_modes():
+        mask = beyond.bool().view(*beyond.shape, *[1] * (data.dim() - 1))
+    padded = padded.masked_fill(mask, value)
+    lengths = _constant([len(own) for own in rows], torch.device("cpu"))
+    return padded.transpose(0, 1) if batch_first else padded, lengths
+
+
+def _packed_recurrence(
+    recorder: _Recorder, func: Any, data: Tensor, batch_sizes: Tensor, hx: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Run the sequences of each length by themselves: as what is not packed, which has rules."""
+    rows = _packed_rows(_listed(recorder, batch_sizes))
+    given: list[int] = []
+    results: list[tuple[Tensor, ...]] = []
+    for steps, alike in itertools.groupby(range(len(rows)), lambda i: len(rows[i])):
+        group = list(alike)
+        places = [rows[i][t] for t in range(steps) for i in group]
+        given += places
+        x = data.index_select(0, _constant(places, data.device)).unflatten(0, (steps, len(group)))
+        states = [h.narrow(1, group[0], len(group)) for h in (hx if isinstance(hx, list | tuple) else [hx])]
+        start = states if isinstance(hx, list | tuple) else states[0]
+        results.append(func.overloadpacket.input(x, start, *rest, False))
+    out = torch.cat([r[0].flatten(0, 1) for r in results])
+    order = _constant(sorted(range(len(given)), key=given.__getitem__), data.device)
+    return out.index_select(0, order), *(torch.cat(s, 1) for s in zip(*(r[1:] for r in results), strict=True))
+
+
 def _decompose(recorder: _Recorder, func: Any, *args: Any, **kwargs: Any) -> Any:
     return func.decompose(*args, **kwargs)
 
@@ -383,6 +449,9 @@ _STATIC: dict[Any, Callable[..., Any]] = {
     aten.index_put_.default: _index,
     aten.bincount.default: _bincount,
     aten.repeat_interleave.Tensor: _repeat_interleave,
+    aten._pack_padded_sequence.default: _pack,
+    aten._pad_packed_sequence.default: _pad,
+    **dict.fromkeys((aten.lstm.data, aten.gru.data, aten.rnn_tanh.data, aten.rnn_relu.data), _packed_recurrence),
     **dict.fromkeys((aten.repeat_interleave.self_Tensor, aten.one_hot.default), _decompose),
 }
 
