@@ -37,6 +37,34 @@ def assert_expands(exported: dg.Exported, build: Callable[[], nn.Module], **inpu
     return whole
 
 
+class Shapes(nn.Module):
+    """An additive model whose last layers have no bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(
+            nn.Sequential(nn.Linear(1, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1, bias=False))
+            for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x[:, [i]]) for i, part in enumerate(self.parts)], -1).sum(-1)
+
+
+@pytest.mark.parametrize("rewrite", [True, False])
+def test_a_dead_shape_function_whose_constant_became_a_bias_expands(rewrite: bool) -> None:
+    model, x = Shapes(), torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model.eval(), "shape_functions", example_inputs=x)
+    with torch.no_grad():
+        for gate in gated_tensors(model):
+            if gate.name.startswith("parts.1."):
+                gate.gates.gamma[:] = 0
+    exported = dg.export(model, x, latency=False, rewrite=rewrite)
+    whole = dg.expand(exported, Shapes(), x)
+    torch.testing.assert_close(whole(x), model(x))
+
+
 class Unbiased(nn.Module):
     """Attention whose projections have no bias, so that constants in front of them make some."""
 

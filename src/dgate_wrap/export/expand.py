@@ -91,7 +91,11 @@ def expand(
         found = dict(all_tensors(model))
         for first, *others in names.values():
             known = next((held[n] for n in (first, *others) if n in held), None)
-            value = exported.dropped[first] if known is None else _expanded(first, known, plan)
+            value = (
+                _restored(first, exported.dropped[first], plan, held)
+                if known is None
+                else _expanded(first, known, plan)
+            )
             if first in directions:
                 value = _with_directions(value, directions[first])
             home = known if known is not None else next(iter(held.values()), value)
@@ -113,6 +117,13 @@ def expand(
 
 def _outputs(layer: Any) -> int:
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def _restored(name: str, value: Tensor, plan: Plan, held: dict[str, Tensor]) -> Tensor:
+    """Return a tensor that is gone: as it was, with zeros where the bias beside it holds the constants that it gave."""
+    owner, _, leaf = name.rpartition(".")
+    folded = leaf == "weight" and name in plan.cuts and (f"{owner}.bias" if owner else "bias") in held
+    return value * plan.cuts[name].mask() if folded else value
 
 
 def _expanded(name: str, value: Tensor, plan: Plan) -> Tensor:
