@@ -311,3 +311,44 @@ def test_an_order_and_a_cut_are_one_cut(both: tuple[Cut, Cut]) -> None:
     x = torch.arange(torch.Size(order.shape).numel()).view(order.shape)
     assert torch.equal(order.then(cut).apply(x), cut.apply(order.apply(x)))
     assert int(order.then(cut).mask().sum()) == order.then(cut).apply(x).unique().numel()
+
+
+class LastStates(nn.Module):
+    """Reads the last states of all layers and directions, or those of the last layer."""
+
+    def __init__(self, kind: type[nn.RNNBase], every: bool, **options: Any) -> None:
+        super().__init__()
+        self.rnn = kind(4, 8, batch_first=True, **options)
+        self.every = every
+        count = self.rnn.num_layers * (1 + self.rnn.bidirectional)
+        self.out = nn.Linear(8 * count if every else 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, state = self.rnn(x)
+        state = state[0] if isinstance(state, tuple) else state
+        return self.out(torch.cat([*state], -1) if self.every else state[-1])
+
+
+@pytest.mark.parametrize("every", [False, True], ids=["last", "all"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(nn.LSTM, {"num_layers": 2}), (nn.GRU, {"bidirectional": True}), (nn.RNN, {"num_layers": 3})],
+    ids=["lstm", "gru", "rnn"],
+)
+def test_layers_whose_last_states_are_read_lose_other_units_each(
+    kind: type[nn.RNNBase], options: dict[str, Any], every: bool
+) -> None:
+    torch.manual_seed(0)
+    x, build = torch.randn(3, 5, 4), lambda: LastStates(kind, every, **options)
+    model = build().eval()
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model, "rnn", example_inputs=x)
+    gates = list(dict.fromkeys(t.gates for t in dg.gates.gated_tensors(model)))
+    with torch.no_grad():
+        for i, g in enumerate(gates):
+            g.gamma[[i, i + 2, 7 - i]] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.model.rnn.hidden_size == 5
+    y = torch.randn(2, 7, 4)
+    torch.testing.assert_close(exported.model(y), model(y))
+    torch.testing.assert_close(dg.expand(exported, build())(y), model(y))

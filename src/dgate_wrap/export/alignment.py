@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..tracing import Structure, find_structure
-from ..tracing.families import Attention, Family, Mixing
+from ..tracing.families import Attention, Family, Mixing, Pick, Recurrence
 from ..tracing.operations import op_name, shape_of
 from ..tracing.origins import place
 from ..tracing.structure import compact, label_of
 from .copies import share
 from .cuts import Cut, Gather
 from .facts import Facts
-from .masks import any_of
+from .masks import any_of, project
 from .verify import Verifier
 
 _RUNS = 16
@@ -217,11 +217,27 @@ def _could_gain(facts: Facts, node: Node) -> bool:
     """Tell whether a tensor could be cut to fewer indices of some axis if each line along it were sorted."""
     if not isinstance(facts.values.get(node), Tensor):
         return False
-    live = facts.needed(node)
-    box = math.prod(int(v.sum()) for v in facts.needed_along(node))
+    live = _live(facts, node)
+    box = math.prod(int(project(live, a).sum()) for a in range(live.dim()))
     if int(live.count_nonzero()) == box:  # all at some indices of each axis: there is nothing between them to close
         return False
     return any(_gains(_lines(live, axis)) for axis in range(live.dim()))
+
+
+def _live(facts: Facts, node: Node) -> Tensor:
+    """Mark the elements of a tensor that are needed; of the last states of a recurrence, those of units that are.
+
+    Whoever reads them or not: they are cut to the same indices in all layers and directions.
+    """
+    family = facts.families.get(node)
+    if isinstance(family, Pick) and family.index > 0 and isinstance(facts.families.get(family.source), Recurrence):
+        units = [found for _, found in facts.units.get(family.source, [])]
+        if units and all(len(u) == shape_of(node)[-1] for u in units) and len(units) == shape_of(node)[0]:
+            live = torch.stack(units)
+            first = torch.arange(live.shape[1]) < int(live.sum(1).max())  # what stays of a layer that nobody reads
+            live = torch.where(live.any(1, keepdim=True), live, first)
+            return live.view(len(units), *[1] * (len(shape_of(node)) - 2), -1).expand(shape_of(node))
+    return facts.needed(node)
 
 
 def _lines(t: Tensor, axis: int) -> Tensor:
@@ -236,7 +252,7 @@ def _tables(facts: Facts, structure: Structure) -> Iterator[_Table]:
         words = structure.words.get(node)
         if not isinstance(words, Tensor) or not isinstance(facts.values.get(node), Tensor):
             continue
-        live = facts.needed(node)
+        live = _live(facts, node)
         classes = compact(structure.classes(label_of(words)).expand(live.shape))
         axes = [a for a, n in enumerate(classes.shape) if n > 1]
         if len(axes) < 2 or bool((classes < 0).any()):
