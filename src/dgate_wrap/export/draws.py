@@ -47,7 +47,8 @@ def resizings(example: Inputs, dynamic: str = "all") -> Iterator[list[tuple[str,
     if dynamic == "batch":
         places = {n: [at for at in found if at[1] == 0] for n, found in places.items() if n == batch}
     for size in sorted(places, key=lambda n: n != batch):  # the batch first
-        for new in dict.fromkeys([size + 1, 1 if size == batch else max(1, size // 2)]):
+        more = size + 1 if size > 1 else _LONGER + 1  # what is broadcast may be 2 for each of two heads, by chance
+        for new in dict.fromkeys([more, 1 if size == batch else max(1, size // 2)]):
             if new != size:
                 yield _ways(places[size], size, new)
         later = [(i, axis) for i, axis in places[size] if axis > 0]

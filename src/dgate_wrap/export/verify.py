@@ -512,19 +512,23 @@ class Verifier:
         probes: list[Probe] = []
         for name, inputs in other_values(self._model, example):
             try:
-                first, again = (run(self._model, inputs) for _ in range(2))
+                first = run(self._model, inputs)
             except Exception:  # the reference refuses it
-                continue
-            if relative_error(first, again) > certificate.tolerance[_OWN]:
                 continue
             try:
                 error = relative_error(first, run(small, reduced(inputs, small, kept)))
+                if error > (least := certificate.tolerance[_OWN]) and self._draws_numbers(inputs, first, least):
+                    continue
                 far = Probe(name, _shapes(inputs), skipped="the smaller network gives outputs of other shapes")
                 probes.append(Probe(name, _shapes(inputs), {_OWN: error}) if math.isfinite(error) else far)
             except Exception as e:
                 probes.append(Probe(name, _shapes(inputs), skipped=f"the smaller network fails: {_first_line(e)}"))
         self.checking += time.perf_counter() - start
         return replace(certificate, arguments=probes, left_out=left_out(self._model, example))
+
+    def _draws_numbers(self, inputs: Inputs, first: list[Any], tolerance: float) -> bool:
+        """Tell whether the reference gives something else when it is run again."""
+        return relative_error(first, run(self._model, inputs)) > tolerance
 
     def check_batches(
         self,
