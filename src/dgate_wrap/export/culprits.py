@@ -23,6 +23,9 @@ from .cuts import Cut, cut_axes
 from .recipes import bind, plain_signature
 from .widths import Widths
 
+_MASKING = 1e4
+"""Larger numbers are those that mask others."""
+
 
 @dataclass(frozen=True)
 class Begun:
@@ -295,7 +298,13 @@ def _in_order(some: tuple[str, ...], everything: tuple[str, ...]) -> bool:
     return all(name in rest for name in some)
 
 
-def _same(x: Tensor, idle: Tensor, y: Tensor, tolerance: float) -> bool:
+def _largest(tree: Any) -> float:
+    """Return the largest number of a tree, but for those that only mask others."""
+    floats = [x.detach().abs() for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
+    return max((float(x[x < _MASKING].amax()) for x in floats if bool((x < _MASKING).any())), default=0.0)
+
+
+def _same(x: Tensor, idle: Tensor, y: Tensor, tolerance: float, largest: float) -> bool:
     if x.shape != y.shape:
         return False
     if not x.is_floating_point():
@@ -303,7 +312,8 @@ def _same(x: Tensor, idle: Tensor, y: Tensor, tolerance: float) -> bool:
     finite = x[x.isfinite()]  # of masks
     scale = float(finite.abs().max()) if finite.numel() else 0.0
     tolerance = max(tolerance, 1e-6 if x.dtype == torch.float64 else 1e-4 if x.dtype == torch.float32 else 5e-2)
-    same = (x == y) | ((x - y).abs() <= tolerance * scale + 1e-30)
+    bound = tolerance * scale + 16 * torch.finfo(x.dtype).eps * largest + 1e-30  # what rounding leaves of zero
+    same = (x == y) | ((x - y).abs() <= bound)
     return bool((same | idle).all())
 
 
@@ -348,11 +358,14 @@ class Expected:
         if len(known) != len(found):
             return None
         pairs = [(x, y) for x, y in zip(known, found, strict=True) if x is not None and y is not None]  # None: unread
-        return all(isinstance(y, Tensor) and self._any_same(x, y) for x, y in pairs)
+        if all(isinstance(y, Tensor) and self._any_same(x, y, 0.0) for x, y in pairs):
+            return True
+        largest = _largest((call.arguments, call.result))
+        return all(isinstance(y, Tensor) and self._any_same(x, y, largest) for x, y in pairs)
 
-    def _any_same(self, known: list[tuple[Tensor, Tensor]], y: Tensor) -> bool:
+    def _any_same(self, known: list[tuple[Tensor, Tensor]], y: Tensor, largest: float) -> bool:
         """Tell whether a tensor is one of some, but for what nobody needs; of what is not in the graph, it is."""
-        return not known or any(_same(x, idle, y, self._tolerance) for x, idle in known)
+        return not known or any(_same(x, idle, y, self._tolerance, largest) for x, idle in known)
 
     def _leaves(self, call: Call, given: bool) -> list[list[tuple[Tensor, Tensor]] | None]:
         """Return, per leaf that is a tensor, what it may be when cut, and what nobody needs of that."""
