@@ -177,9 +177,7 @@ def export(
             taken = [reduced(x, found.small, found.plan.taken) for x in verifier.inputs]
             report = replace(report, config=express(dense, found.small, taken))
         separate_(found.small, model, dense)
-        for path, module in found.small.named_modules():
-            if path in implied and "eps" not in found.plan.attributes.get(path, {}):
-                cast(Any, module).eps = None
+        _forget_epsilons(found, implied)
     for name, module in found.small.named_modules():
         module.training = model.get_submodule(name).training
     report = replace(report, seconds=clock.seconds)
@@ -197,6 +195,13 @@ def _with_epsilons(model: nn.Module) -> set[str]:
         wide = module.weight.dtype == torch.float64
         module.eps = torch.finfo(torch.float64 if wide else torch.float32).eps
     return {*found}
+
+
+def _forget_epsilons(found: Found, implied: set[str]) -> None:
+    """Let norms take their epsilon from their dtype again, but for those that got another one."""
+    for path, module in found.small.named_modules():
+        if path in implied and "eps" not in found.plan.attributes.get(path, {}):
+            cast(Any, module).eps = None
 
 
 def _dropped(dense: nn.Module, found: Found) -> dict[str, Tensor]:

@@ -368,15 +368,15 @@ def _bincount(recorder: _Recorder, func: Any, x: Tensor, weights: Tensor | None 
     return torch.zeros(size, dtype=ones.dtype, device=x.device).scatter_add(0, x.long(), ones)
 
 
-def _packed_lengths(batch_sizes: list[int]) -> list[int]:
-    """Return the lengths of packed sequences, the longest first, of how many of them have each step."""
-    return [sum(n > i for n in batch_sizes) for i in range(batch_sizes[0])]
+def _conjugate(counts: list[int]) -> list[int]:
+    """Return how many sequences have each step, of their lengths, the longest first; or these lengths of that."""
+    return [sum(n > i for n in counts) for i in range(counts[0])]
 
 
 def _packed_rows(batch_sizes: list[int]) -> list[list[int]]:
     """Return the row of every step of every packed sequence: first steps of all come first, then second ones."""
     starts = [0, *itertools.accumulate(batch_sizes)]
-    return [[starts[t] + i for t in range(n)] for i, n in enumerate(_packed_lengths(batch_sizes))]
+    return [[starts[t] + i for t in range(n)] for i, n in enumerate(_conjugate(batch_sizes))]
 
 
 def _listed(recorder: _Recorder, x: Tensor) -> list[int]:
@@ -392,8 +392,7 @@ def _constant(values: Any, device: torch.device) -> Tensor:
 
 
 def _pack(recorder: _Recorder, func: Any, x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-    found = _listed(recorder, lengths)
-    sizes = [sum(n > t for n in found) for t in range(max(found))]
+    sizes = _conjugate(_listed(recorder, lengths))
     x = x.transpose(0, 1) if batch_first else x
     rows = [t * x.shape[1] + i for t, n in enumerate(sizes) for i in range(n)]
     return x.flatten(0, 1).index_select(0, _constant(rows, x.device)), _constant(sizes, torch.device("cpu"))
