@@ -487,6 +487,72 @@ def test_constants_that_depend_on_sizes_are_not_folded(model: nn.Module, x: Tens
     torch.testing.assert_close(result.model(other), model(other))
 
 
+class Parity(Encoder):
+    """Positions of which a short example reads few, and another end for even lengths, which is another graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(9, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.up(self.embed(x) + self.positions[: x.shape[1]]).sigmoid())
+        return self.head(x.mean(1) if x.shape[1] % 2 else x.amax(1))
+
+
+def test_a_zero_that_is_none_at_other_sizes_is_seen_as_far_as_their_graph_is_the_same() -> None:
+    model = Parity()
+    randomize(model, torch.Generator().manual_seed(1))
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    dg.gate(model.eval(), "channels", example_inputs=x)
+    with torch.no_grad():
+        for gates in all_gates(model):
+            gates.gamma[::2] = 0
+    exported = dg.export(model, x, latency=False)
+    assert "embed.weight" in {k.parameter for k in exported.report.kept}
+    assert exported.model.get_parameter("up.weight").shape == (6, 8)
+    for length in range(1, 9):
+        other = torch.randn(2, length, 4, generator=torch.Generator().manual_seed(length))
+        torch.testing.assert_close(exported.model(other), model(other))
+
+
+class Decayed(Encoder):
+    """Returns the sum of squares of all that `parameters` gives, which are factors while it is gated."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), sum((p.square().sum() for p in self.parameters()), torch.zeros(()))
+
+
+def test_a_forward_that_computes_with_all_parameters_is_refused() -> None:
+    with pytest.raises(dg.ExportError, match="with its gates folded") as error:
+        dg.export(gated(Decayed()), TOKENS, latency=False)
+    assert "self.parameters()" in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda x: x.to(torch.uint16),
+        lambda x: x.to(torch.uint32),
+        lambda x: x.to(torch.float8_e4m3fn),
+        lambda x: x.to_sparse_csr(),
+        lambda x: x.long().to_sparse(),
+    ],
+    ids=["uint16", "uint32", "float8", "compressed", "whole and sparse"],
+)
+def test_inputs_of_any_type_and_layout_are_taken(kind: Callable[[Tensor], Tensor]) -> None:
+    x = kind(torch.eye(4))
+
+    class Converting(Encoder):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward((x.to_dense() if x.layout != torch.strided else x).to(torch.float32)[None])
+
+    model = gated(Converting())
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.removed == 3
+    torch.testing.assert_close(exported.model(x), model(x))
+
+
 def test_a_zero_that_is_a_constant_at_other_sizes_is_not_left_out() -> None:
     model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 5, 3, 2, 1), nn.ReLU(), nn.Conv2d(5, 3, 1))
     randomize(model, torch.Generator().manual_seed(1))

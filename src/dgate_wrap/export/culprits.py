@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -254,24 +255,26 @@ def first_difference(
     """
     with contextlib.suppress(Exception):  # a name is a help; without one the error is raised all the same
         values = values_on(dense, trace, inputs[0])
-        if values is None:  # another graph, of which nothing tells what modules should give, only that one fails
+        if any(
+            n not in values for n in trace.nodes if n.op != "output"
+        ):  # another graph, of which nothing tells what modules should give, only that one fails
             return (failing(small, inputs[1]) or (None, 0))[0]
         found = find_culprit(small, inputs[1], Expected(values, widths, record_calls(dense, inputs[0])))
         return None if found is None else found.call
     return None
 
 
-def values_on(dense: nn.Module, trace: Trace, inputs: Inputs) -> dict[Node, Any] | None:
-    """Return the value of every node of a trace on other inputs, of other sizes too; ``None`` if the graph differs."""
+def values_on(dense: nn.Module, trace: Trace, inputs: Inputs) -> dict[Node, Any]:
+    """Return the value of every node of a trace on other inputs, of other sizes too, as far as the graph is the same."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first capture gave them
         as_traced = trace.inputs.is_like(inputs) and not trace.notes  # which hold for the example alone
         here = trace if as_traced else capture(dense, inputs.args, inputs.kwargs)
-    if [operation(n) for n in here.nodes] != [operation(n) for n in trace.nodes]:
-        return None
     placeholders = [n for n, s in here.sources.items() if s.kind == "input"]
     values = here.run(dict(zip(placeholders, inputs.leaves(), strict=True)))
-    return {n: values[m] for n, m in zip(trace.nodes, here.nodes, strict=True) if m in values}
+    pairs = zip(trace.nodes, here.nodes, strict=False)
+    same = itertools.takewhile(lambda pair: operation(pair[0]) == operation(pair[1]), pairs)
+    return {n: values[m] for n, m in same if m in values}
 
 
 def _with_code(model: nn.Module, path: str) -> str:

@@ -129,11 +129,19 @@ def holds_few(x: object) -> bool:
         return False
     if not x.numel():
         return False
-    return int(x.max()) - int(x.min()) <= _FEW
+    least, largest = _range(x)
+    return largest - least <= _FEW
+
+
+def _range(x: Tensor) -> tuple[int, int]:
+    """Return the least and the largest of some whole numbers; unsigned ones know neither."""
+    x = x.long()
+    return int(x.min()), int(x.max())
 
 
 def _around(x: Tensor, least: int, more: int) -> Tensor:
     """Return all whole numbers from a least one, or the least of some, to so many more than their largest."""
     if x.dtype == torch.bool:
         return torch.tensor([False, True], device=x.device)
-    return torch.arange(min(least, int(x.min())), int(x.max()) + more + 1, device=x.device).to(x.dtype)
+    found, largest = _range(x)
+    return torch.arange(min(least, found), largest + more + 1, device=x.device).to(x.dtype)

@@ -398,7 +398,7 @@ class _Search:
             return False
         with contextlib.suppress(Exception):
             values = values_on(self.subject.model, facts.trace, self.subject.in_precision(mismatch.inputs))
-            learned = Facts(facts.trace, [*facts.elsewhere, {} if values is None else values])
+            learned = Facts(facts.trace, [*facts.elsewhere, values])
             news = any(
                 bool((m & ~facts.sized[n]).any() if n in facts.sized else m.any()) for n, m in learned.sized.items()
             )

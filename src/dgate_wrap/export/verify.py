@@ -98,7 +98,7 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
 
 
 def _shrunk(x: Tensor) -> Tensor:
-    return x * _SMALL if x.is_floating_point() else x
+    return (x.double() * _SMALL).to(x.dtype) if x.is_floating_point() else x
 
 
 def finite(outputs: list[Any]) -> bool:
@@ -216,6 +216,20 @@ class Verifier:
             for new in news:
                 self._add_resized(in_words(places, size, new), dict.fromkeys(places, new))
         self.preparing += time.perf_counter() - start
+
+    def require_same(self, gated: list[Any] | None) -> None:
+        """Require that the gated model, if it ran, gives on the example what the reference does, whose gates are folded.
+
+        It does not where a forward goes through the parameters themselves: of a gated model these are its factors.
+        """
+        if gated is not None and not relative_error(self._references[0].own, gated) <= self._tolerance[_OWN]:
+            raise ExportError(
+                "the gated model gives something else on the example than the same model with its gates folded into "
+                "the weights.",
+                expected="a forward that reads its weights as attributes, such as self.fc.weight: self.parameters() "
+                "and state_dict() of a gated model hold its factors",
+                mend="take what is computed of all parameters, such as a penalty, out of the forward",
+            )
 
     @property
     def inputs(self) -> list[Inputs]:
