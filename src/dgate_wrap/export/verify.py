@@ -218,7 +218,7 @@ class Verifier:
         self.preparing += time.perf_counter() - start
 
     def require_same(self, gated: list[Any] | None) -> None:
-        """Require that the gated model, if it ran, gives on the example what the reference does, whose gates are folded.
+        """Require that the gated model, if it ran, gives on the example what the reference does, its gates folded.
 
         It does not where a forward goes through the parameters themselves: of a gated model these are its factors.
         """
