@@ -42,8 +42,9 @@ def gate(
     """Attach gates to a model, in place, and return it.
 
     Every group of weights becomes ``w_g = ω_g · γ_{g,1} ··· γ_{g,D-1}``. The gates start at one, so that no output bit
-    changes, unless a forward computes with what ``parameters()`` gives; ω stays the user's ``Parameter``. Plain L2 on the factors (`Penalty`) is then the group penalty
-    ``‖w_g‖^{2/D}``: D=2 is the group lasso, larger D is non-convex and sparser.
+    changes, unless a forward computes with what ``parameters()`` gives; ω stays the user's ``Parameter``. Plain L2 on
+    the factors (`Penalty`) is then the group penalty ``‖w_g‖^{2/D}``: D=2 is the group lasso, larger D is non-convex
+    and sparser.
 
     A gated model can be gated again, by groups of weights that have no gate yet; they are found as if it had none.
 
