@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -513,6 +514,52 @@ def test_a_zero_that_is_none_at_other_sizes_is_seen_as_far_as_their_graph_is_the
     for length in range(1, 9):
         other = torch.randn(2, length, 4, generator=torch.Generator().manual_seed(length))
         torch.testing.assert_close(exported.model(other), model(other))
+
+
+@dataclass
+class Output:
+    """What torch's trees do not look into."""
+
+    logits: Tensor
+
+
+class Scaled(Encoder):
+    """Divides what it makes of a long sequence by a width that it reads off, and returns an object."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return Output(y / self.up.out_features if x.shape[1] > 7 else y)
+
+
+def test_what_objects_hold_is_compared_too() -> None:
+    with pytest.raises(dg.ExportError, match="not equal"):
+        dg.export(gated(Scaled()), TOKENS, latency=False)
+    exported = dg.export(gated(Scaled()), TOKENS, latency=False, dynamic="batch")
+    assert exported.report.removed == 3
+    with pytest.raises(dg.ExportError, match="batch"):
+        dg.export(gated(Scaled()), TOKENS, latency=False, dynamic="batch", batches=[torch.randn(2, 20, 4)])
+
+
+def test_heads_go_beside_masks_of_float32_at_any_length() -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.TransformerDecoderLayer(16, 4, 24, batch_first=True), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+            return self.head(self.layer(x, x[:, :2], tgt_mask=mask))
+
+    model, x = Causal().eval(), torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    dg.gate(model, "heads", example_inputs=x)
+    with torch.no_grad():
+        for gates in all_gates(model):
+            gates.gamma[::2] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.removed == 4
+    assert not exported.report.kept
+    longer = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(1))  # torch takes another kernel from 16 on
+    torch.testing.assert_close(exported.model(longer), model(longer))
 
 
 class Decayed(Encoder):

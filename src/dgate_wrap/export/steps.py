@@ -192,6 +192,10 @@ def _attention(w: Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) 
     query = cast(Node, node.args[0])
     if kwargs.get("scale") is None and not w.r.kept(query, -1).all():
         kwargs["scale"] = shape_of(w.r.twin(query))[-1] ** -0.5
+    if len(args) > 3 and isinstance(args[3], Node):  # beside float64, torch's kernel misreads a mask of float32
+        here, mask = (w.facts.values[w.r.twin(cast(Node, node.args[i]))] for i in (0, 3))
+        if mask.is_floating_point() and mask.dtype != here.dtype:
+            args[3] = w.graph.call_function(torch.ops.aten.to.other, (args[3], args[0]))
 
 
 def _mean(w: Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ExportError
 from ..tracing import Inputs
 from ..tracing.inputs import PLAIN, without_cache
+from ..tracing.recorder import tensors_in
 from ..tracing.settings import evaluating
 from .arguments import left_out, other_values, with_other_floats
 from .certificate import Certificate, Mismatch, Probe, Unsteady, constant_output
@@ -63,7 +64,12 @@ def run(model: nn.Module, inputs: Inputs, times: int = 1) -> list[Any]:
     quiet = warnings.catch_warnings()
     with evaluating(model), torch.no_grad(), without_cache(model, inputs) as extra, quiet:
         warnings.simplefilter("ignore")  # of sizes that no one has asked for
-        return pytree.tree_leaves(inputs.calls(model, times, **extra))
+        return [part for leaf in pytree.tree_leaves(inputs.calls(model, times, **extra)) for part in _parts(leaf)]
+
+
+def _parts(leaf: Any) -> list[Any]:
+    """Return a leaf of an output, and the tensors that it holds where it is an object, such as a dataclass."""
+    return [leaf] if isinstance(leaf, (Tensor, *PLAIN)) else [leaf, *tensors_in(leaf, set())]
 
 
 def relative_error(reference: list[Any], other: list[Any], *, any_dtype: bool = False) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import TraceError
-from .settings import heads_needed, unchanged
+from .settings import sound_attention, unchanged
 
 PLAIN = (int, float, complex, str, bytes, type(None))
 """Types of values that are compared as such."""
@@ -62,7 +62,7 @@ class Inputs:
             strided = x.layout == torch.strided
             return x.clone() if strided and x.untyped_storage().data_ptr() in buffers else x
 
-        with unchanged(model, buffers=True), heads_needed():
+        with unchanged(model, buffers=True), sound_attention():
             outputs = (model(*x.args, **x.kwargs, **extra) for x in given)
             return [pytree.tree_map_only(Tensor, apart, output) for output in outputs]
 

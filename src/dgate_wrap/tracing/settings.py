@@ -71,10 +71,11 @@ def unfused() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def heads_needed() -> Generator[None]:
+def sound_attention() -> Generator[None]:
     """Refuse attention without heads, by whose number torch up to 2.12 divides, which ends the process.
 
-    Code that slices a weight at numbers of its own comes to that where the weight is smaller.
+    Code that slices a weight at numbers of its own comes to that where the weight is smaller. And give float64 a mask of
+    its own type: with one of float32, as code that makes it anew has, torch's kernel reads past its numbers.
     """
     attend = F.scaled_dot_product_attention
 
@@ -82,6 +83,10 @@ def heads_needed() -> Generator[None]:
         tensors = [*args[:3], *(kwargs[n] for n in ("query", "key", "value") if n in kwargs)]
         if any(x.dim() > 2 and x.shape[-3] == 0 for x in tensors):
             raise RuntimeError("attention without heads")
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        if isinstance(mask, Tensor) and mask.is_floating_point() and tensors[0].dtype == torch.float64:
+            args, kwargs = args[:3], {**dict(zip(("dropout_p", "is_causal"), args[4:], strict=False)), **kwargs}
+            kwargs["attn_mask"] = mask.double()
         return attend(*args, **kwargs)
 
     F.scaled_dot_product_attention = checked
