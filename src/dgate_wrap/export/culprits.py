@@ -265,7 +265,7 @@ def first_difference(
 
 
 def values_on(dense: nn.Module, trace: Trace, inputs: Inputs) -> dict[Node, Any]:
-    """Return the value of every node of a trace on other inputs, of other sizes too, as far as the graph is the same."""
+    """Return the value of every node of a trace on other inputs, of other sizes too, as far as graphs agree."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first capture gave them
         as_traced = trace.inputs.is_like(inputs) and not trace.notes  # which hold for the example alone

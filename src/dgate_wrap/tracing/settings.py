@@ -74,8 +74,8 @@ def unfused() -> Generator[None]:
 def sound_attention() -> Generator[None]:
     """Refuse attention without heads, by whose number torch up to 2.12 divides, which ends the process.
 
-    Code that slices a weight at numbers of its own comes to that where the weight is smaller. And give float64 a mask of
-    its own type: with one of float32, as code that makes it anew has, torch's kernel reads past its numbers.
+    Code that slices a weight at numbers of its own comes to that where the weight is smaller. And give float64 a mask
+    of its own type: with one of float32, as code that makes it anew has, torch's kernel reads past its numbers.
     """
     attend = F.scaled_dot_product_attention
 
