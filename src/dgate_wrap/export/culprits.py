@@ -255,9 +255,8 @@ def first_difference(
     """
     with contextlib.suppress(Exception):  # a name is a help; without one the error is raised all the same
         values = values_on(dense, trace, inputs[0])
-        if any(
-            n not in values for n in trace.nodes if n.op != "output"
-        ):  # another graph, of which nothing tells what modules should give, only that one fails
+        whole = all(n in values for n in trace.nodes if n.op != "output")
+        if not whole:  # another graph, of which nothing tells what modules should give, only that one fails
             return (failing(small, inputs[1]) or (None, 0))[0]
         found = find_culprit(small, inputs[1], Expected(values, widths, record_calls(dense, inputs[0])))
         return None if found is None else found.call

@@ -79,15 +79,14 @@ def sound_attention() -> Generator[None]:
     """
     attend = F.scaled_dot_product_attention
 
-    def checked(*args: Any, **kwargs: Any) -> Tensor:
-        tensors = [*args[:3], *(kwargs[n] for n in ("query", "key", "value") if n in kwargs)]
-        if any(x.dim() > 2 and x.shape[-3] == 0 for x in tensors):
+    def checked(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if any(x.dim() > 2 and x.shape[-3] == 0 for x in (query, key, value)):
             raise RuntimeError("attention without heads")
-        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-        if isinstance(mask, Tensor) and mask.is_floating_point() and tensors[0].dtype == torch.float64:
-            args, kwargs = args[:3], {**dict(zip(("dropout_p", "is_causal"), args[4:], strict=False)), **kwargs}
-            kwargs["attn_mask"] = mask.double()
-        return attend(*args, **kwargs)
+        if attn_mask is not None and attn_mask.is_floating_point() and query.dtype == torch.float64:
+            attn_mask = attn_mask.double()
+        return attend(query, key, value, attn_mask, *args, **kwargs)
 
     F.scaled_dot_product_attention = checked
     try:
