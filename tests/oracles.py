@@ -31,6 +31,13 @@ def all_gates(model: nn.Module) -> list[dg.Gates]:
     return [m for m in model.modules() if isinstance(m, dg.Gates)]
 
 
+def kill_every_second(model: nn.Module) -> None:
+    """Set every second group of each set of gates to zero."""
+    with torch.no_grad():
+        for gates in all_gates(model):
+            gates.gamma[::2] = 0
+
+
 def members(labels: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[int, list[tuple[str, int]]]:
     """List the weights of each label as (parameter, flat position), one by one."""
     out: dict[int, list[tuple[str, int]]] = {}

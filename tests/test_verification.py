@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import randomize
-from oracles import all_gates
+from oracles import all_gates, kill_every_second
 from torch import Tensor, nn
 
 import dgate_wrap as dg
@@ -505,9 +505,7 @@ def test_a_zero_that_is_none_at_other_sizes_is_seen_as_far_as_their_graph_is_the
     randomize(model, torch.Generator().manual_seed(1))
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     dg.gate(model.eval(), "channels", example_inputs=x)
-    with torch.no_grad():
-        for gates in all_gates(model):
-            gates.gamma[::2] = 0
+    kill_every_second(model)
     exported = dg.export(model, x, latency=False)
     assert "embed.weight" in {k.parameter for k in exported.report.kept}
     assert exported.model.get_parameter("up.weight").shape == (6, 8)
@@ -552,9 +550,7 @@ def test_heads_go_beside_masks_of_float32_at_any_length() -> None:
 
     model, x = Causal().eval(), torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
     dg.gate(model, "heads", example_inputs=x)
-    with torch.no_grad():
-        for gates in all_gates(model):
-            gates.gamma[::2] = 0
+    kill_every_second(model)
     exported = dg.export(model, x, latency=False)
     assert exported.report.removed == 4
     assert not exported.report.kept
