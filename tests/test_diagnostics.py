@@ -8,6 +8,7 @@ from oracles import group_values, product, randomize_gates
 from torch import Tensor, nn
 
 import dgate_wrap as dg
+from dgate_wrap import gates as gates_of
 from dgate_wrap.gates import gated_tensors
 
 SHAPES = {"conv.weight": (4, 2, 3, 3), "conv.bias": (4,), "norm.weight": (4,), "fc.weight": (3, 4)}
@@ -37,9 +38,11 @@ def make(labels: dict[str, Tensor], D: int) -> nn.Module:
     return randomize_gates(dg.gate(model, labels, D=D))
 
 
+@pytest.mark.parametrize("at_once", [1, 10**6])
 @pytest.mark.parametrize("D", [2, 3, 4])
 @pytest.mark.parametrize("name", LABELS)
-def test_values_equal_loops(name: str, D: int) -> None:
+def test_values_equal_loops(name: str, D: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates_of, "_AT_ONCE", at_once)
     labels = LABELS[name]
     model = make(labels, D)
     tensors = {t.name: t for t in gated_tensors(model)}

@@ -677,6 +677,19 @@ def test_every_operation_runs_in_float64_inside_of_in_double() -> None:
         found = model(x.double())
     with torch.no_grad():
         assert torch.equal(found, share(model).double()(x.double()))
+    wide, narrow = torch.randn(400, 500, generator=torch.Generator().manual_seed(1)), torch.randn(450, 400, generator=torch.Generator().manual_seed(2))
+    batched, cut = torch.randn(3, 300, 300, generator=torch.Generator().manual_seed(3)), torch.randn(900, 800, generator=torch.Generator().manual_seed(4))
+
+    def products(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Large operands: contiguous, turned, both at once, batched, and with gaps."""
+        a, b, c, d = map(cast, (wide, narrow, batched, cut))
+        return [a.t() @ b.t(), b @ a, F.linear(a.t(), b, b[:, 0]), c @ c.mT, d[:, ::2] @ a, a.t()]
+
+    with InDouble():
+        found_products = products(lambda x: x)
+    expected = products(Tensor.double)
+    assert all(torch.equal(a, b) for a, b in zip(found_products, expected, strict=True))
+    assert all(x.dtype == torch.float64 for x in found_products[:-1])  # the last one is a weight as it lies there
     counter = torch.zeros(3)
     with InDouble(), pytest.raises(TypeError, match="writes to a tensor"):
         counter.add_(1)

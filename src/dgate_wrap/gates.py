@@ -7,6 +7,7 @@ parametrizations share.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -124,6 +125,10 @@ def _in_functorch() -> bool:
     return cast(Any, torch._C)._functorch.peek_interpreter_stack() is not None
 
 
+_AT_ONCE = 1 << 17
+"""How many elements are squared at a time: float64 squares of a whole large weight cost more memory than it does."""
+
+
 @dataclass(frozen=True)
 class GatedTensor:
     """One gated parameter of a model, tied names counted once.
@@ -192,8 +197,19 @@ def omega_squares(members: Sequence[GatedTensor]) -> Tensor:
     gates = members[0].gates
     total = torch.zeros(gates.num_groups, dtype=torch.float64, device=gates.gamma.device)
     for t in members:
-        total += t.group_sum(t.omega.detach().double().square())
+        omega, index = t.omega.detach(), t.gate.index.to(t.omega.device)
+        for part, groups in _pieces(omega, index, max(_AT_ONCE, gates.num_groups)):
+            total += sum_by_group(part.double().square(), groups, gates.num_groups).to(total.device)
     return total
+
+
+def _pieces(x: Tensor, index: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield a tensor in pieces of about as many elements along its first axis, with the groups of their elements."""
+    if x.numel() <= size:
+        yield x, index
+        return
+    rows = max(1, size * len(x) // x.numel())
+    yield from zip(x.split(rows), index.split(rows) if len(index) > 1 else itertools.repeat(index))
 
 
 def parametrizations_of(host: nn.Module) -> dict[str, Any]:

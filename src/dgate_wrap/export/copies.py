@@ -57,18 +57,51 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
+_LARGE = 1 << 17
+"""From how many elements on an operand of a product is widened into memory that is kept for the next one.
+
+Memory that is new to the process costs several times as much as what is written to it.
+"""
+
+_aten = torch.ops.aten
+_TURNS = {_aten.t.default, _aten.transpose.int, _aten.permute.default}
+_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
+
+
 class InDouble(TorchDispatchMode):
     """Run every operation in float64: what is narrower is widened as it is read, so no copy of a model is needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[tuple[torch.device, int], Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run one operation."""
         given = (args, kwargs or {})
-        if func is torch.ops.aten.embedding.default:  # a few rows of a table
+        if func in _TURNS:  # widened by what reads it
+            return func(*args, **given[1])
+        if func is _aten.embedding.default:  # a few rows of a table
             return _widened(func(*args, **given[1]))
+        if func in _PRODUCTS:
+            args = tuple(self._operand(x, i) for i, x in enumerate(args))
+            return func(*args, **given[1])
         wide_args, wide_kwargs = pytree.tree_map(_widened, given)
         if func._schema.is_mutable:
             _require_wide(func, given)
         return func(*wide_args, **wide_kwargs)
+
+    def _operand(self, x: Any, i: int) -> Any:
+        """Widen the operand at one place of a product, which its result never lies on."""
+        if not isinstance(x, Tensor) or not _is_narrow(x.dtype) or x.numel() < _LARGE:
+            return _widened(x)
+        base = x if x.is_contiguous() else x.mT
+        if not base.is_contiguous():
+            return x.double()
+        memory = self._kept.get((x.device, i))
+        if memory is None or memory.numel() < x.numel():
+            memory = self._kept[x.device, i] = x.new_empty(x.numel(), dtype=torch.float64)
+        wide = memory[: x.numel()].view(base.shape).copy_(base)
+        return wide if base is x else wide.mT
 
 
 def _is_narrow(dtype: torch.dtype) -> bool:
