@@ -561,6 +561,109 @@ def test_a_head_with_a_constant_value_goes_and_leaves_its_constant() -> None:
     assert_equal(model, exported.model)
 
 
+class Stateful(nn.Module):
+    """Adds a state whose size is written in its code, unless its cache is turned off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, *, use_cache: bool) -> Tensor:
+        h = self.up(x).sigmoid()
+        return self.down(h + x.new_zeros(len(x), 8) if use_cache else h)
+
+
+class Caching(nn.Module):
+    """Has a cache in one of its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stateful, self.wide, self.down = Stateful(), nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, *, use_cache: bool = True) -> Tensor:
+        return self.down(self.wide(self.stateful(x, use_cache=use_cache)).sigmoid())
+
+
+def test_what_a_cache_asks_for_stays_unless_the_inputs_turn_it_off() -> None:
+    torch.manual_seed(0)
+    model, x = Caching().double().eval(), torch.randn(3, 4).double()
+    dg.gate(model, "neurons", include=["stateful.up.*", "wide.*"])
+    with torch.no_grad():
+        for gate in dg.gates.gated_tensors(model):
+            gate.gates.gamma[[1, 4]] = 0
+    exported = dg.export(model, x, latency=False)
+    assert (exported.report.removed, exported.report.frozen) == (2, ["stateful"])
+    torch.testing.assert_close(exported.model(x), model(x))
+    assert dg.export(model, {"x": x, "use_cache": False}, latency=False).report.removed == 4
+
+
+class Reading(nn.Module):
+    """Reads numbers off its inputs, or off what it has computed, beside two parts of a layer that are cut unequally."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.up, self.left, self.right = how, nn.Linear(3, 16), nn.Linear(8, 2), nn.Linear(8, 2)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor, n: Tensor) -> Tensor:
+        if self.how == "divisor":
+            x = x / n.max().item()
+        if self.how == "length":
+            x = x[:, : int(n.max())]
+        if self.how == "places":
+            x = x[:, n > 2]
+        if self.how == "bound":
+            x = x * (torch.arange(x.shape[1]) < n.max().item()).unsqueeze(-1)
+        if self.how == "several":
+            x = x / n[0].item() + x * n[1].item()
+        a, b = self.up(x).chunk(2, -1)
+        a = a.relu()
+        if self.how == "computed":
+            a = a[:, a.sum((0, 2)).argmax()].unsqueeze(1)
+        if self.how == "rows":
+            a = a[:, torch.nonzero(n > 2)[:, 0]]
+        return self.left(a.mean(1)) + self.right(b.tanh().mean(1))
+
+
+@pytest.mark.filterwarnings("ignore::dgate_wrap.errors.TraceWarning")
+@pytest.mark.parametrize("how", ["divisor", "length", "places", "bound", "several", "computed", "rows"])
+def test_numbers_are_read_off_tensors_in_rewritten_forwards_too(how: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, n = Reading(how).double().eval(), torch.randn(3, 5, 3).double(), torch.tensor([5, 3, 4, 1, 3])
+    dg.gate(model, {"up.weight": torch.arange(16).unsqueeze(1)})
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[[0, 1, 2, 9]] = 0
+    exported = dg.export(model, (x, n), latency=False)
+    assert (exported.report.removed, exported.report.rewritten) == (4, [""])
+    dg.save(exported, tmp_path / "small.safetensors")
+    loaded = dg.load(tmp_path / "small.safetensors", Reading(how).double().eval())
+    for length, lengths in ((5, [1, 2, 3, 4, 4]), (7, [3, 1, 7, 2, 2, 3, 1]), (3, [3, 1, 2])):
+        other = torch.randn(2, length, 3).double(), torch.tensor(lengths)
+        torch.testing.assert_close(exported.model(*other), model(*other))
+        torch.testing.assert_close(loaded(*other), model(*other))
+
+
+def test_heads_go_whose_values_hardly_differ_from_token_to_token() -> None:
+    class Sizeless(Attention):
+        """Runs on the rows of two of its heads too, as three smaller ones."""
+
+        def forward(self, x: Tensor, *, causal: bool = False) -> Tensor:
+            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    model, x = Sizeless().double(), torch.randn(2, 5, 12).double()
+    with torch.no_grad():
+        model.qkv.weight[24:] *= 1e-7
+    dg.gate(model, "heads", example_inputs=x)
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[2] = 0
+    exported = dg.export(model.eval(), x, latency=False)
+    assert exported.model.heads == 2
+    assert exported.report.removed == 1
+    torch.testing.assert_close(exported.model(x), model(x), rtol=1e-10, atol=1e-10)
+
+
 def test_trees_of_values_keep_their_form() -> None:
     tensors: list[Tensor] = []
     value = {"a": (X, [None, True, 2.5]), "b": "text"}

@@ -462,6 +462,13 @@ class Sums(nn.Module):
         return self.head(self.up(x).sigmoid().sum(1)).tanh()
 
 
+class Tokens(Sums):
+    """The same beside whole numbers."""
+
+    def forward(self, x: Tensor, kinds: Tensor) -> Tensor:
+        return super().forward(x) + kinds.unsqueeze(-1)
+
+
 class Borders(nn.Module):
     """At the example's size every place of the map is a corner; at others it is not."""
 
@@ -474,10 +481,13 @@ class Borders(nn.Module):
 
 
 @pytest.mark.parametrize(("model", "x", "other"), [
-    (Sums(), torch.randn(2, 5, 4), torch.randn(3, 9, 4)),
-    (Borders(), torch.randn(2, 2, 5, 5), torch.randn(2, 2, 11, 9)),
-], ids=["sum", "border"])  # fmt: skip
-def test_constants_that_depend_on_sizes_are_not_folded(model: nn.Module, x: Tensor, other: Tensor) -> None:
+    (Sums(), (torch.randn(2, 5, 4),), (torch.randn(3, 9, 4),)),
+    (Tokens(), (torch.randn(2, 5, 4), torch.tensor([3, 1])), (torch.randn(3, 9, 4), torch.tensor([0, 5, 7]))),
+    (Borders(), (torch.randn(2, 2, 5, 5),), (torch.randn(2, 2, 11, 9),)),
+], ids=["sum", "tokens", "border"])  # fmt: skip
+def test_constants_that_depend_on_sizes_are_not_folded(
+    model: nn.Module, x: tuple[Tensor, ...], other: tuple[Tensor, ...]
+) -> None:
     randomize(model, torch.Generator().manual_seed(1))
     dg.gate(model, dg.Select(names="up.weight", axis=0))
     [gate] = dg.gates.gated_tensors(model)
@@ -485,7 +495,7 @@ def test_constants_that_depend_on_sizes_are_not_folded(model: nn.Module, x: Tens
         gate.gates.gamma[[1, 2]] = 0
     result = dg.export(model.eval(), x, latency=False)
     assert "with the sizes of the inputs" in str(result.report)
-    torch.testing.assert_close(result.model(other), model(other))
+    torch.testing.assert_close(result.model(*other), model(*other))
 
 
 class Parity(Encoder):
@@ -677,8 +687,14 @@ def test_every_operation_runs_in_float64_inside_of_in_double() -> None:
         found = model(x.double())
     with torch.no_grad():
         assert torch.equal(found, share(model).double()(x.double()))
-    wide, narrow = torch.randn(400, 500, generator=torch.Generator().manual_seed(1)), torch.randn(450, 400, generator=torch.Generator().manual_seed(2))
-    batched, cut = torch.randn(3, 300, 300, generator=torch.Generator().manual_seed(3)), torch.randn(900, 800, generator=torch.Generator().manual_seed(4))
+    wide, narrow = (
+        torch.randn(400, 500, generator=torch.Generator().manual_seed(1)),
+        torch.randn(450, 400, generator=torch.Generator().manual_seed(2)),
+    )
+    batched, cut = (
+        torch.randn(3, 300, 300, generator=torch.Generator().manual_seed(3)),
+        torch.randn(900, 800, generator=torch.Generator().manual_seed(4)),
+    )
 
     def products(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Large operands: contiguous, turned, both at once, batched, and with gaps."""

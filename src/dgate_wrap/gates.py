@@ -7,7 +7,6 @@ parametrizations share.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -209,7 +208,8 @@ def _pieces(x: Tensor, index: Tensor, size: int) -> Iterator[tuple[Tensor, Tenso
         yield x, index
         return
     rows = max(1, size * len(x) // x.numel())
-    yield from zip(x.split(rows), index.split(rows) if len(index) > 1 else itertools.repeat(index))
+    parts = x.split(rows)
+    yield from zip(parts, index.split(rows) if len(index) > 1 else [index] * len(parts), strict=True)
 
 
 def parametrizations_of(host: nn.Module) -> dict[str, Any]:

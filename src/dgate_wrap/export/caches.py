@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..tracing import Inputs
 from ..tracing.settings import evaluating, same_random_numbers, unchanged
+from .culprits import with_code
 from .padding import padded
 from .recipes import plain_signature, says_no
 from .verify import run
@@ -20,10 +22,13 @@ MASK = "mask"
 """What a model can do that can be given a mask."""
 
 
-def cached_uses(model: nn.Module, inputs: Inputs) -> set[str]:
-    """Return what a model can do that has a key-value cache, turned on as users have it: be called, and generate.
+def cached_uses(model: nn.Module, inputs: Inputs) -> dict[str, str | None]:
+    """See what a model can do that has a key-value cache, turned on as users have it: be called, and generate.
 
     And whether it can be given an attention mask, where the inputs have none.
+
+    Returns:
+        Per use, the module in which it fails; ``None`` if it does not.
     """
     given = inputs.map(Tensor.clone)
     uses: dict[str, Any] = {
@@ -34,15 +39,35 @@ def cached_uses(model: nn.Module, inputs: Inputs) -> set[str]:
     }
     if (masked := padded(model, inputs)) is not None:
         uses[MASK] = lambda: masked.call(model)
-    found: set[str] = set()
+    found: dict[str, str | None] = {}
     undo, quiet = unchanged(model, buffers=True), warnings.catch_warnings()
     with evaluating(model), torch.no_grad(), same_random_numbers(model), undo, quiet:
         warnings.simplefilter("ignore")
         for name, use in uses.items():
-            with contextlib.suppress(Exception):
-                use()
-                found.add(name)
+            found[name] = _fails_in(model, use)
     return found
+
+
+def _fails_in(model: nn.Module, use: Callable[[], Any]) -> str | None:
+    """Return the innermost module that was running when something failed; ``None`` if it did not."""
+    running: list[str] = []
+
+    def begin(path: str, *_: object) -> None:
+        running.append(path)
+
+    def end(*_: object) -> None:
+        running.pop()
+
+    handles = [m.register_forward_pre_hook(functools.partial(begin, path)) for path, m in model.named_modules()]
+    handles += [m.register_forward_hook(end) for m in model.modules()]
+    try:
+        use()
+    except Exception:
+        return with_code(model, running[-1]) if running else ""
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
 
 
 def given_caches(model: nn.Module, inputs: Inputs) -> frozenset[str]:

@@ -120,7 +120,8 @@ class Constants:
         found = torch.zeros_like(unknown)
         for values in self.elsewhere:
             there = values.get(node)
-            if not isinstance(there, Tensor) or there.dim() != here.dim():  # another graph: zeros are zeros there too
+            if not isinstance(there, Tensor) or there.dim() != here.dim() or here.is_complex():
+                # of another graph, zeros are zeros there too
                 found = found | (here != 0)
                 continue
             axes = [a for a, (m, n) in enumerate(zip(here.shape, there.shape, strict=True)) if m != n]
@@ -400,7 +401,9 @@ def _range(value: Tensor, axes: list[int], *, keepdim: bool = True) -> tuple[Ten
 
 
 def rounding(value: Tensor) -> float:
-    """Return the relative difference below which constants count as the same."""
+    """Return the relative difference up to which constants count as the same; 0 of whole numbers."""
+    if not (value.is_floating_point() or value.is_complex()):
+        return 0.0
     return 1e-9 if value.dtype == torch.float64 else 100 * torch.finfo(value.dtype).eps
 
 

@@ -207,7 +207,7 @@ def failing(model: nn.Module, inputs: Inputs) -> tuple[str, int] | None:
     calls, failed, error = _watched(model, inputs)
     if failed is None or isinstance(error, DGateError):  # a refusal in words
         return None
-    return (_with_code(model, failed[-1].path) if failed else ""), len(calls)
+    return (with_code(model, failed[-1].path) if failed else ""), len(calls)
 
 
 class _Enough(BaseException):
@@ -238,7 +238,7 @@ def _blamed(model: nn.Module, chain: tuple[Begun, ...], done: int, expected: Exp
     if not chain:
         return Culprit("", done, "")
     path = next((begun.path for begun in reversed(chain) if expected.takes(begun)), chain[-1].path)
-    return Culprit(_with_code(model, path), done, path)
+    return Culprit(with_code(model, path), done, path)
 
 
 def first_difference(
@@ -276,7 +276,7 @@ def values_on(dense: nn.Module, trace: Trace, inputs: Inputs) -> dict[Node, Any]
     return {n: values[m] for n, m in same if m in values}
 
 
-def _with_code(model: nn.Module, path: str) -> str:
+def with_code(model: nn.Module, path: str) -> str:
     """Return the module whose own code called a stock layer, or the module itself."""
     module = model.get_submodule(path)
     stock = type(module).__module__.startswith("torch.nn") and not list(module.children())
@@ -306,14 +306,15 @@ def _largest(tree: Any) -> float:
     return max((float(x[x < _MASKING].amax()) for x in floats if bool((x < _MASKING).any())), default=0.0)
 
 
-def _same(x: Tensor, idle: Tensor, y: Tensor, tolerance: float, largest: float) -> bool:
+def _same(x: Tensor, idle: Tensor, y: Tensor, bounds: tuple[float, float], largest: float) -> bool:
     if x.shape != y.shape:
         return False
     if not x.is_floating_point():
         return torch.equal(x, y)
     finite = x[x.isfinite()]  # of masks
     scale = float(finite.abs().max()) if finite.numel() else 0.0
-    tolerance = max(tolerance, 1e-6 if x.dtype == torch.float64 else 1e-4 if x.dtype == torch.float32 else 5e-2)
+    usual = 1e-6 if x.dtype == torch.float64 else 1e-4 if x.dtype == torch.float32 else 5e-2
+    tolerance = min(max(usual, bounds[0]), bounds[1])
     bound = tolerance * scale + 16 * torch.finfo(x.dtype).eps * largest + 1e-30  # what rounding leaves of zero
     same = (x == y) | ((x - y).abs() <= bound)
     return bool((same | idle).all())
@@ -326,13 +327,19 @@ class Expected:
         values: Per node of the graph, its value in the dense model on the same inputs.
         widths: What is kept of them.
         calls: The calls of the dense model's modules.
-        tolerance: How much elements may differ at least, relative to the largest one.
+        least: How much elements may differ at least, relative to the largest one.
+        most: How much they may differ at most, also where rounding is seen to do more.
     """
 
     def __init__(
-        self, values: Mapping[Node, Any], widths: Widths, calls: Iterable[Call], tolerance: float = 0.0
+        self,
+        values: Mapping[Node, Any],
+        widths: Widths,
+        calls: Iterable[Call],
+        least: float = 0.0,
+        most: float = 1.0,
     ) -> None:
-        self.values, self.widths, self._tolerance = values, widths, tolerance
+        self.values, self.widths, self._bounds = values, widths, (least, most)
         self._calls: dict[str, list[Call]] = {}
         for call in calls:
             self._calls.setdefault(call.path, []).append(call)
@@ -367,7 +374,7 @@ class Expected:
 
     def _any_same(self, known: list[tuple[Tensor, Tensor]], y: Tensor, largest: float) -> bool:
         """Tell whether a tensor is one of some, but for what nobody needs; of what is not in the graph, it is."""
-        return not known or any(_same(x, idle, y, self._tolerance, largest) for x, idle in known)
+        return not known or any(_same(x, idle, y, self._bounds, largest) for x, idle in known)
 
     def _leaves(self, call: Call, given: bool) -> list[list[tuple[Tensor, Tensor]] | None]:
         """Return, per leaf that is a tensor, what it may be when cut, and what nobody needs of that."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, cast
 
 import torch
@@ -183,7 +184,8 @@ def _put(model: nn.Module, old: Tensor, names: list[str], value: Tensor) -> None
 
 
 def _compare(exported: Exported, model: nn.Module, example: Inputs) -> None:
-    home = next((p for p in exported.model.parameters() if p.is_floating_point()), torch.empty(()))
+    held = itertools.chain(exported.model.parameters(), model.parameters())
+    home = next((p for p in held if p.is_floating_point()), torch.empty(()))
 
     def there(x: Tensor) -> Tensor:
         return x.to(home) if x.is_floating_point() else x.to(home.device)

@@ -16,6 +16,7 @@ from torch.fx import Node
 from ..errors import ExportError
 from ..tracing import Inputs
 from ..tracing.families import NormedWeight
+from ..tracing.inputs import has_cache
 from ..tracing.symbolic import Symbolic, is_open
 from .caches import MASK, cached_uses, given_caches
 from .certificate import Certificate, Mismatch, Unsteady
@@ -51,6 +52,9 @@ _MUCH = 2**30
 
 _SIZES = 4
 """At how many other sizes of the inputs constants are looked at, before a network counts as different."""
+
+_FINE = 1e-9
+"""How much modules may differ where a network does and none of them by more than rounding usually does."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +176,23 @@ class _Search:
 
     def keeps_uses(self, found: Found, *, masks: bool) -> bool:
         """Tell whether a network does with its cache, and with ``masks`` when given one, what the dense one does."""
+        return not {*self._lost_uses(found)} - (set() if masks else {MASK})
+
+    def _lost_uses(self, found: Found) -> dict[str, str]:
+        """Return what a smaller network cannot do that the dense one can, and the modules in which it fails."""
         inputs = self.verifier.inputs[0]
-        uses = cached_uses(self.dense, inputs) - (set() if masks else {MASK})
-        return uses <= cached_uses(found.small, reduced(inputs, found.small, found.plan.taken))
+        here = cached_uses(found.small, reduced(inputs, found.small, found.plan.taken))
+        return {use: path for use, path in here.items() if path is not None and self._uses.get(use, "") is None}
+
+    @functools.cached_property
+    def _uses(self) -> dict[str, str | None]:
+        return cached_uses(self.dense, self.verifier.inputs[0])
+
+    def _fails_cached(self, found: Found) -> str | None:
+        """Return the module that fails when a network is used with a cache as the dense one can be; or ``None``."""
+        if not has_cache(self.dense, self.verifier.inputs[0]):
+            return None
+        return next((path for use, path in self._lost_uses(found).items() if use != MASK), None)
 
     def spare_caches(self) -> bool:
         """Let modules that are given a cache keep their own code from now on; tell whether that is news."""
@@ -325,7 +343,9 @@ class _Search:
         """Require that every module gives what it should: of what code gets wrong, saturated outputs show nothing."""
         start, differs = time.perf_counter(), False
         with contextlib.suppress(Exception):  # a model that cannot be watched is compared by its outputs alone
-            expected = self._expected(widths, 1e-3)  # far above rounding, in float32 too, and far below another scale
+            expected = self._expected(
+                widths, least=1e-3
+            )  # far above rounding, in float32 too, and far below another scale
             differs = find_culprit(self._exact(draft), self._taken(draft), expected) is not None
         self.verifier.checking += time.perf_counter() - start
         if differs:
@@ -333,8 +353,8 @@ class _Search:
             self.verifier.mismatch = Mismatch(self.verifier.inputs[0], False, found)
             raise self.verifier.mismatch.error()
 
-    def _expected(self, widths: Widths, tolerance: float = 0.0) -> Expected:
-        return Expected(self.subject.facts.values, widths, self.calls, tolerance)
+    def _expected(self, widths: Widths, **bounds: float) -> Expected:
+        return Expected(self.subject.facts.values, widths, self.calls, **bounds)
 
     def _taken(self, draft: Draft) -> Inputs:
         """Return what a smaller network takes of the example."""
@@ -382,9 +402,12 @@ class _Search:
                     continue
                 path, failure = self._differing(e) if id(e) in self._failed else None, e
             else:
-                if isinstance(found, Found):
+                if not isinstance(found, Found):
+                    path, failure = found[0].path, found[1]
+                elif rewrite or (path := self._fails_cached(found)) is None:
                     return found
-                path, failure = found[0].path, found[1]
+                else:
+                    failure = _cannot_cache(path)
             more = None if path is None else colder(self.subject, self.calls, frozen, path, widths.filled)
             if more is None:
                 raise failure
@@ -396,15 +419,13 @@ class _Search:
         sized = mismatch is not None and (mismatch.resized or facts.trace.notes)
         if mismatch is None or not sized or len(facts.elsewhere) >= _SIZES:
             return False
-        with contextlib.suppress(Exception):
+        try:
             values = values_on(self.subject.model, facts.trace, self.subject.in_precision(mismatch.inputs))
-            learned = Facts(facts.trace, [*facts.elsewhere, values])
-            news = any(
-                bool((m & ~facts.sized[n]).any() if n in facts.sized else m.any()) for n, m in learned.sized.items()
-            )
-            self._set(replace(self.subject, facts=learned))
-            return news
-        return False
+        except Exception:  # it cannot be traced on these
+            return False
+        learned = Facts(facts.trace, [*facts.elsewhere, values])
+        self._set(replace(self.subject, facts=learned))
+        return any(bool((m & ~facts.sized[n]).any() if n in facts.sized else m.any()) for n, m in learned.sized.items())
 
     def _first_proven(
         self, plain: Draft, widths: Widths, frozen: Frozen, *, rewrite: bool
@@ -464,7 +485,15 @@ class _Search:
         """Give modules other integers, or forwards that are written anew; return the first that this does not help."""
         integers = Integers(self.subject.model, widths)
         expected, inputs = self._expected(widths), self._taken(draft)
-        while (culprit := find_culprit(exact := self._exact(draft), inputs, expected)) is not None:
+        first = draft
+        while True:
+            exact = self._exact(draft)
+            culprit = find_culprit(exact, inputs, expected)
+            if culprit is None and draft is first:  # it differs by less than rounding does elsewhere
+                expected = self._expected(widths, most=_FINE)
+                culprit = find_culprit(exact, inputs, expected)
+            if culprit is None:
+                break
             sizes = culprit.path, str(integers.sizes.get(culprit.path))
             patch = None
             if sizes not in self._hopeless:
@@ -479,6 +508,14 @@ class _Search:
                 break
             draft = better
         return draft, culprit
+
+
+def _cannot_cache(path: str) -> ExportError:
+    return ExportError(
+        f"the smaller network cannot be used with a cache any more: {path or 'its forward'} fails.",
+        expected="code that takes the sizes of its cache from its weights, or from integers of its own",
+        mend='turn the cache off: dg.export(model, {**inputs, "use_cache": False})',
+    )
 
 
 def _like(model: nn.Module, name: str, value: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from ..errors import TraceError, TraceWarning
 from .inputs import Inputs, input_names, normalize_inputs, without_cache
 from .lowering import is_symbol, lower
 from .origins import name_owners, recorded_owners, spot_of
-from .recorder import FOLLOWED, PREFIX, Recording, UnrecordableError, record, show, storage_of, tensors_in
+from .recorder import PREFIX, Recording, UnrecordableError, record, says_at, storage_of, tensors_in
 from .refusals import first_line, innermost, require_running, says_followed, untraceable
 from .rewrite import split_einsums
 from .settings import evaluating, forget_results, lstm_states, masks_as_given, quiet, same_random_numbers, unchanged
@@ -297,7 +297,7 @@ def _recorded(model: nn.Module, call: _Forward, inputs: Inputs, refused: Excepti
     if recording is None or exported is None:
         require_running(model, call, inputs)
         raise untraceable(model, innermost(failed) or innermost(refused), first_line(failed or refused)) from refused
-    notes = (*recording.notes, *(f"{show(s)}: takes values out of torch; {FOLLOWED}" for s in recording.outside))
+    notes = (*recording.notes, *(says_at(s, "takes values out of torch") for s in recording.outside))
     trace = trace_of(model, inputs, exported, notes)
     if not _repeats(trace, model, call, inputs, recording):
         if recording.outside:

@@ -115,16 +115,26 @@ def signature(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 @contextlib.contextmanager
 def without_cache(model: nn.Module, inputs: Inputs) -> Generator[dict[str, Any]]:
     """Turn off key/value caches unless the inputs ask for them; yield what the forward takes beside its inputs."""
-    names = list(signature(model))
-    if "use_cache" in inputs.kwargs or "use_cache" in names[: len(inputs.args)]:
-        yield {}
-        return
-    configs: dict[int, Any] = {id(x): x for m in model.modules() if (x := getattr(m, "config", None)) is not None}
-    found = [x for x in configs.values() if getattr(x, "use_cache", None) is True]
+    found, extra = _caching(model, inputs)
     for config in found:
         config.use_cache = False
     try:
-        yield {"use_cache": False} if "use_cache" in names else {}
+        yield extra
     finally:
         for config in found:
             config.use_cache = True
+
+
+def has_cache(model: nn.Module, inputs: Inputs) -> bool:
+    """Tell whether a model has a key/value cache that is turned on if the inputs do not ask for another thing."""
+    return any(_caching(model, inputs))
+
+
+def _caching(model: nn.Module, inputs: Inputs) -> tuple[list[Any], dict[str, Any]]:
+    """Return the configurations that turn a cache on, and what the forward takes that turns it off."""
+    names = list(signature(model))
+    if "use_cache" in inputs.kwargs or "use_cache" in names[: len(inputs.args)]:
+        return [], {}
+    configs: dict[int, Any] = {id(x): x for m in model.modules() if (x := getattr(m, "config", None)) is not None}
+    found = [x for x in configs.values() if getattr(x, "use_cache", None) is True]
+    return found, {"use_cache": False} if "use_cache" in names else {}

@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from .operations import has_rule
 from .recorder import SAME
@@ -58,6 +59,8 @@ def _lowered(given: Graph) -> Graph | None:
     """Return a graph of functional operations; ``None`` if they cannot be told one by one."""
     if not all(_is_call(n) for n in given.nodes if n.op not in ("placeholder", "output")):
         return None
+    if any(_is_composite(n.target) and reads_values(n) for n in given.nodes):  # numbers of two nodes of one kind differ
+        return None
     graph = Graph()
     graph.output(graph.graph_copy(given, {}))
     _clean(graph)
@@ -90,6 +93,13 @@ def _is_call(node: Node) -> bool:
 def is_symbol(value: Any) -> bool:
     """Tell whether a number is one that torch follows, such as an open size."""
     return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def reads_values(node: Node) -> bool:
+    """Tell whether a node gives a number, or a size, that follows from the values of a tensor."""
+    parts = pytree.tree_leaves(node.meta.get("val"))
+    numbers: list[Any] = [n for x in parts for n in (x.shape if isinstance(x, Tensor) else [x])]
+    return any(is_symbol(n) and n.node.hint is None for n in numbers)
 
 
 def _is_composite(op: Any) -> bool:

@@ -119,6 +119,16 @@ def _frames(until: CodeType, wanted: Callable[[str], bool] = is_foreign) -> Iter
         frame = frame.f_back
 
 
+def says_at(spot: Spot | None, what: str) -> str:
+    """Say where a trace follows the example inputs."""
+    return f"{show(spot)}: {what}; {FOLLOWED}"
+
+
+def says_read(spot: Spot | None) -> str:
+    """Say where a trace takes a number of the example inputs for a constant."""
+    return says_at(spot, _NUMBER)
+
+
 def show(spot: Spot | None) -> str:
     """Return a source line as ``model.py:12 in forward``."""
     if spot is None:
@@ -282,7 +292,7 @@ class _Recorder(TorchDispatchMode):
     def read(self, x: Tensor, what: str) -> None:
         """Note a spot that depends on the values of a tensor, if these depend on inputs or parameters."""
         if self._varies.get(storage_of(x), False):
-            self.notes[f"{show(self._spot())}: {what}; {FOLLOWED}"] = None
+            self.notes[says_at(self._spot(), what)] = None
 
     def leave(self, x: Tensor) -> None:
         """Note a spot where the memory of a tensor leaves torch."""

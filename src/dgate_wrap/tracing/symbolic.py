@@ -24,8 +24,9 @@ from torch.utils._sympy.functions import FloorDiv
 
 from .capture import Trace, capture, export_open, trace_of
 from .inputs import Inputs, normalize_inputs
-from .lowering import is_symbol
-from .origins import operation, place_owners
+from .lowering import is_symbol, reads_values
+from .origins import operation, place_owners, spot_of
+from .recorder import says_read
 from .rewrite import split_einsums
 
 
@@ -72,11 +73,21 @@ def capture_symbolic(
 def _capture_open(model: nn.Module, inputs: Inputs, axes: set[tuple[int, int]] | None) -> tuple[Trace, Symbolic]:
     with _open_numbers(model), export_open(model, inputs, axes) as (exported, used):
         split_einsums(exported.graph_module)
-        static, twins = _settle(exported)
-        trace = trace_of(model, used, static)
+        follow = [n for n in exported.graph.nodes if reads_values(n)]
+        reads = [n for n in follow if not any(map(reads_values, n.all_input_nodes))]
+        values = trace_of(model, used, exported).run() if reads else {}
+        static, twins = _settle(exported, values)
+        trace = trace_of(model, used, static, tuple(dict.fromkeys(says_read(spot_of(n)) for n in reads)))
+        _give_out(trace, [twins[x] for n in reads for x in n.all_input_nodes])
         given = [n for n in exported.graph.nodes if n.op == "placeholder" and trace.sources[twins[n]].kind == "input"]
         bounds = _bounds(given, exported.range_constraints)
         return trace, Symbolic(exported.graph, twins, bounds, axes is not None)
+
+
+def _give_out(trace: Trace, nodes: list[Node]) -> None:
+    """Let a graph return the values of some nodes too: what a forward reads numbers off may not change."""
+    [output] = trace.graph_module.graph.find_nodes(op="output")
+    output.args = ((*output.args[0], *nodes),)
 
 
 def _bounds(given: list[Node], ranges: Mapping[Any, Any]) -> list[tuple[list[tuple[int, int]], int, int | None]]:
@@ -165,9 +176,9 @@ def _batch(inputs: Inputs) -> set[tuple[int, int]]:
 
 @contextlib.contextmanager
 def _open_numbers(model: nn.Module) -> Generator[None]:
-    """Leave ``len(x)`` and ``int(a / b)`` of open sizes open, in the files in which the model's classes are written.
+    """Leave ``len(x)``, ``int(x)`` and ``int(a / b)`` of sizes open, in the files that the model's classes are in.
 
-    Python wants plain integers of both, and torch would take those of the example for constants. A file that gives
+    Python wants plain integers of them, and torch would take those of the example for constants. A file that gives
     tensors the type ``int`` keeps that.
     """
     files = {c.__module__ for m in model.modules() for c in type(m).__mro__ if c.__module__.split(".")[0] != "torch"}
@@ -209,8 +220,10 @@ class _OpenInt(type):
         return hash(int)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Return a whole number; of a quotient of sizes, the size that rounds it down."""
+        """Return a whole number; of a quotient of sizes the size that rounds it down, and of a tensor its number."""
         [value, *others] = args or (0,)
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            value = value.item()
         if isinstance(value, torch.SymInt) and not others:
             return value
         if isinstance(value, torch.SymFloat) and not others:
@@ -261,8 +274,13 @@ class _Settled:
     constants: dict[str, Any]
 
 
-def _settle(exported: torch.export.ExportedProgram) -> tuple[Any, dict[Node, Node]]:
-    """Copy a graph with open sizes, with those of the example written in."""
+def _settle(exported: torch.export.ExportedProgram, values: Mapping[Node, Any]) -> tuple[Any, dict[Node, Node]]:
+    """Copy a graph with open sizes, with those of the example written in.
+
+    Args:
+        exported: The graph.
+        values: What its nodes give on the example, where some of its numbers are read off tensors.
+    """
     graph, copies = Graph(), dict[Node, Node]()
     for node in exported.graph.nodes:
         value = node.meta.get("val")
@@ -271,13 +289,13 @@ def _settle(exported: torch.export.ExportedProgram) -> tuple[Any, dict[Node, Nod
         if node.op == "call_function" and value is None:  # an assertion
             continue
         args, kwargs = torch.fx.map_arg(
-            (node.args, node.kwargs), lambda n: copies[n] if n in copies else _number(n.meta["val"])
+            (node.args, node.kwargs), lambda n: copies[n] if n in copies else values.get(n, _number(n.meta["val"]))
         )
         if node.op == "output":
             copies[node] = graph.output(args[0])
         else:
             copies[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)
-        copies[node].meta = {**node.meta, "val": pytree.tree_map(_example, value)}
+        copies[node].meta = {**node.meta, "val": pytree.tree_map(_example, values.get(node, value))}
     module = GraphModule(exported.graph_module, graph)
     settled = _Settled(
         module.graph, module, exported.graph_signature, cast(Any, exported.state_dict), exported.constants
