@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import difflib
 import warnings
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from ..errors import DGateError
 from ..tracing import Inputs, Trace, capture
 from ..tracing.inputs import PLAIN, without_cache
-from ..tracing.origins import operation
+from ..tracing.origins import operation, owner
 from ..tracing.settings import evaluating, same_random_numbers, unfused
 from .constants import rounding
 from .cuts import Cut, cut_axes
@@ -255,25 +255,31 @@ def first_difference(
     """
     with contextlib.suppress(Exception):  # a name is a help; without one the error is raised all the same
         values = values_on(dense, trace, inputs[0])
-        whole = all(n in values for n in trace.nodes if n.op != "output")
-        if not whole:  # another graph, of which nothing tells what modules should give, only that one fails
-            return (failing(small, inputs[1]) or (None, 0))[0]
         found = find_culprit(small, inputs[1], Expected(values, widths, record_calls(dense, inputs[0])))
-        return None if found is None else found.call
+        if found is None:  # in another graph, of which no value tells what modules should give, one may fail
+            return (failing(small, inputs[1]) or (None, 0))[0]
+        return found.call
     return None
 
 
 def values_on(dense: nn.Module, trace: Trace, inputs: Inputs) -> dict[Node, Any]:
-    """Return the value of every node of a trace on other inputs, of other sizes too, as far as graphs agree."""
+    """Return the values of the nodes of a trace on other inputs, of other sizes too, of what the graph there has too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first capture gave them
         as_traced = trace.inputs.is_like(inputs) and not trace.notes  # which hold for the example alone
         here = trace if as_traced else capture(dense, inputs.args, inputs.kwargs)
     placeholders = [n for n, s in here.sources.items() if s.kind == "input"]
     values = here.run(dict(zip(placeholders, inputs.leaves(), strict=True)))
-    pairs = zip(trace.nodes, here.nodes, strict=False)
-    same = itertools.takewhile(lambda pair: operation(pair[0]) == operation(pair[1]), pairs)
-    return {n: values[m] for n, m in same if m in values}
+    return {n: values[m] for n, m in _paired(trace.nodes, here.nodes) if m in values}
+
+
+def _paired(nodes: list[Node], others: list[Node]) -> list[tuple[Node, Node]]:
+    """Pair the nodes of two graphs that do the same, in order: one may have steps, such as of padding, between them."""
+    if [*map(operation, nodes)] == [*map(operation, others)]:
+        return [*zip(nodes, others, strict=True)]
+    steps = ([(operation(n), owner(n)) for n in some] for some in (nodes, others))
+    blocks = difflib.SequenceMatcher(None, *steps, autojunk=False).get_matching_blocks()
+    return [(nodes[b.a + k], others[b.b + k]) for b in blocks for k in range(b.size)]
 
 
 def with_code(model: nn.Module, path: str) -> str:
