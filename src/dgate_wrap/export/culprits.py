@@ -263,7 +263,7 @@ def first_difference(
 
 
 def values_on(dense: nn.Module, trace: Trace, inputs: Inputs) -> dict[Node, Any]:
-    """Return the values of the nodes of a trace on other inputs, of other sizes too, of what the graph there has too."""
+    """Return the values of the nodes of a trace on other inputs, of those that the graph has there too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first capture gave them
         as_traced = trace.inputs.is_like(inputs) and not trace.notes  # which hold for the example alone

@@ -21,7 +21,7 @@ from .masks import on_axis, project
 from .plan import Plan
 from .scatter import filled_name
 from .selection import reduced
-from .verify import relative_error, run
+from .verify import OWN, relative_error, run
 
 
 def expand(
@@ -194,7 +194,8 @@ def _compare(exported: Exported, model: nn.Module, example: Inputs) -> None:
     taken = reduced(inputs, exported.model, exported.plan.taken)
     error = relative_error(run(exported.model, taken), run(model, inputs))
     width = min((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), default=4)
-    if error > {8: 1e-10, 4: 1e-5}.get(width, 5e-2):
+    rounding = exported.report.certificate.tolerance.get(OWN, 0.0)
+    if error > max(rounding, {8: 1e-10, 4: 1e-5}.get(width, 5e-2)):
         raise ExportError(
             f"the expanded network differs from the exported one by {error:.2e} of the largest output.",
             expected="equal outputs on the example inputs",

@@ -32,7 +32,7 @@ from .draws import BESIDE, Draws, holds_few, in_words, resizings
 from .rounding import moves
 from .selection import Kept, reduced
 
-_OWN, _DOUBLE = "own precision", "float64"
+OWN, _DOUBLE = "own precision", "float64"
 
 _NARROW = 1e-5
 """How far float32 rounds at most; what differs more by other rounding jumps."""
@@ -140,7 +140,7 @@ class _Reference:
         is not compared in float32 by that: any other network would be equal.
         """
         own = _ROUNDINGS * self.rounding
-        allowed = {_OWN: own if own < 1 else 0.0, _DOUBLE: own * self._finer}
+        allowed = {OWN: own if own < 1 else 0.0, _DOUBLE: own * self._finer}
         return {k: max(x, allowed[k]) for k, x in least.items()}
 
     @property
@@ -228,7 +228,7 @@ class Verifier:
 
         It does not where a forward goes through the parameters themselves: of a gated model these are its factors.
         """
-        if gated is not None and not relative_error(self._references[0].own, gated) <= self._tolerance[_OWN]:
+        if gated is not None and not relative_error(self._references[0].own, gated) <= self._tolerance[OWN]:
             raise ExportError(
                 "the gated model gives something else on the example than the same model with its gates folded into "
                 "the weights.",
@@ -278,7 +278,7 @@ class Verifier:
         dtypes = {p.dtype for p in self._model.parameters() if p.is_floating_point()}
         narrow = any(d.itemsize < 4 for d in dtypes)
         least = 5e-2 if narrow else 1e-5 if dtypes != {torch.float64} else 1e-10
-        return first.tolerance({_OWN: least}) | ({_DOUBLE: 1e-10} if first.double is not None else {})
+        return first.tolerance({OWN: least}) | ({_DOUBLE: 1e-10} if first.double is not None else {})
 
     def _require_finite(self, reference: _Reference) -> None:
         if not finite(reference.own):
@@ -292,7 +292,7 @@ class Verifier:
     def _require_repeatable(self, first: _Reference) -> None:
         """Require that further runs give the same, up to the order in which parallel sums are added."""
         again = relative_error(first.own * 2, run(self._model, first.inputs, 2))
-        if again > min(1e-6 if self._tolerance[_OWN] < 1e-2 else 1e-2, self._tolerance[_OWN]):
+        if again > min(1e-6 if self._tolerance[OWN] < 1e-2 else 1e-2, self._tolerance[OWN]):
             raise ExportError(
                 "the model's own output on the same input differs from run to run, so nothing can be compared with it.",
                 expected="a forward that draws no random numbers in eval mode",
@@ -356,7 +356,7 @@ class Verifier:
         if inputs is None or not self._add(_FLOATS, inputs):
             return
         latest = self._references[-1]
-        if relative_error(latest.own, run(self._model, inputs)) > self._tolerance[_OWN]:
+        if relative_error(latest.own, run(self._model, inputs)) > self._tolerance[OWN]:
             self._references.pop()
             self.skipped.append(Probe(_FLOATS, _shapes(inputs), skipped="the reference differs from run to run"))
 
@@ -403,7 +403,7 @@ class Verifier:
 
     def _agrees(self, exact: nn.Module, r: _Reference) -> bool:
         reference = r.own if self._doubled is None or r.double is None else r.double
-        return relative_error(reference, run(exact, self._analysed(r.inputs))) <= self._tolerance[_OWN]
+        return relative_error(reference, run(exact, self._analysed(r.inputs))) <= self._tolerance[OWN]
 
     def _analysed(self, inputs: Inputs) -> Inputs:
         """Return inputs as the analysis takes them: on the CPU, in float64 if there is a reference in it."""
@@ -413,7 +413,7 @@ class Verifier:
     def _tolerance_of(self, *, computed: bool) -> dict[str, float]:
         """Return the tolerances: constants that were computed in the model's own precision are as exact as that."""
         rough = self._one_by_one and computed and _DOUBLE in self._tolerance
-        return self._tolerance | ({_DOUBLE: self._tolerance[_OWN]} if rough else {})
+        return self._tolerance | ({_DOUBLE: self._tolerance[OWN]} if rough else {})
 
     def _check(self, small: nn.Module, exact: nn.Module, kept: Kept, tolerance: dict[str, float]) -> Certificate:
         allowed = [r.tolerance(tolerance) for r in self._references]
@@ -447,11 +447,11 @@ class Verifier:
     def _jump(self, reference: _Reference, precision: str) -> float:
         """Return how far other rounding of sums moves the reference."""
         if precision not in reference.jumps:
-            before = (reference.own if precision == _OWN else reference.double) or []
+            before = (reference.own if precision == OWN else reference.double) or []
 
             def again() -> list[Any]:
                 return (
-                    run(self._model, reference.inputs) if precision == _OWN else self._in_double(reference.inputs) or []
+                    run(self._model, reference.inputs) if precision == OWN else self._in_double(reference.inputs) or []
                 )
 
             try:
@@ -479,7 +479,7 @@ class Verifier:
         self, small: nn.Module, exact: nn.Module, probe: _Reference, kept: Kept, tolerance: dict[str, float]
     ) -> Probe:
         errors: dict[str, float] = {}
-        for precision, reference in ((_DOUBLE, probe.double), (_OWN, probe.own)):
+        for precision, reference in ((_DOUBLE, probe.double), (OWN, probe.own)):
             if reference is None:
                 continue
             model, inputs = small, reduced(probe.inputs, small, kept)
@@ -500,15 +500,15 @@ class Verifier:
                 throughout = self._error_throughout(exact, inputs.map(Tensor.cpu).map(to_double), probe)
                 errors[precision] = min(errors[precision], throughout)
             if errors[precision] > tolerance[precision]:
-                where = "its own precision" if precision == _OWN else precision
+                where = "its own precision" if precision == OWN else precision
                 found = f"on the {probe.name}, in {where}, it differs by {errors[precision]:.2e} of the largest output"
                 jump = self._jump(probe, precision)
-                if jump < max(errors[precision] / _ROUNDINGS, self._tolerance[_OWN], _NARROW):
+                if jump < max(errors[precision] / _ROUNDINGS, self._tolerance[OWN], _NARROW):
                     self._fail(probe.inputs, found)
                 unsteady = Unsteady(found, jump)
                 if precision == _DOUBLE or _DOUBLE not in errors:
                     raise unsteady
-                del errors[_OWN]
+                del errors[OWN]
                 return Probe(probe.name, _shapes(probe.inputs), errors, f"in {where}, {unsteady.why}")
         return Probe(probe.name, _shapes(probe.inputs), errors)
 
@@ -538,10 +538,10 @@ class Verifier:
                 continue
             try:
                 error = relative_error(first, run(small, reduced(inputs, small, kept)))
-                if error > (least := certificate.tolerance[_OWN]) and self._draws_numbers(inputs, first, least):
+                if error > (least := certificate.tolerance[OWN]) and self._draws_numbers(inputs, first, least):
                     continue
                 far = Probe(name, _shapes(inputs), skipped="the smaller network gives outputs of other shapes")
-                probes.append(Probe(name, _shapes(inputs), {_OWN: error}) if math.isfinite(error) else far)
+                probes.append(Probe(name, _shapes(inputs), {OWN: error}) if math.isfinite(error) else far)
             except Exception as e:
                 probes.append(Probe(name, _shapes(inputs), skipped=f"the smaller network fails: {_first_line(e)}"))
         self.checking += time.perf_counter() - start
