@@ -561,6 +561,33 @@ def test_a_head_with_a_constant_value_goes_and_leaves_its_constant() -> None:
     assert_equal(model, exported.model)
 
 
+class Splitting(nn.Module):
+    """Remembers two sizes, which are the same at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = 4, 4
+        self.both, self.left, self.right = nn.Linear(6, 8), nn.Linear(4, 6), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.both(x).split([self.first, self.second], dim=-1)
+        return x + self.left(a.tanh()) * self.right(b.tanh())
+
+
+def test_layers_of_a_class_get_integers_that_do_not_fit_the_others() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Splitting(), Splitting()).double().eval(), torch.randn(3, 6).double()
+    for layer in model:
+        nn.init.zeros_(layer.both.bias)
+    dg.gate(model, "neurons", include="*both*")
+    with torch.no_grad():
+        for gate, dead in zip(dg.gates.gated_tensors(model), ([4, 6], [0, 1, 4, 5]), strict=True):
+            gate.gates.gamma[dead] = 0
+    exported = dg.export(model, x, latency=False)
+    assert [(layer.first, layer.second) for layer in exported.model] == [(4, 2), (2, 2)]
+    assert (exported.report.removed, exported.report.rewritten) == (6, [])
+
+
 class Stateful(nn.Module):
     """Adds a state whose size is written in its code, unless its cache is turned off."""
 

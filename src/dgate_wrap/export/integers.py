@@ -20,7 +20,7 @@ Patch = dict[str, dict[str, int]]
 
 _MOST = 6
 """How many attributes of one module are tried in all combinations."""
-_TRIES = 160
+_TRIES = 320
 """How many patches of one module are tried."""
 
 
@@ -52,7 +52,7 @@ class Integers:
                 self.sizes.setdefault(path, {}).setdefault(len(kept), set()).add(int(kept.sum()))
 
     def guesses(self, path: str) -> Iterator[Patch]:
-        """Yield patches of a module and all of its class, the boldest first: its own integers, then others it reads."""
+        """Yield patches of a module with its class or alone, the boldest first: its own integers, then others it reads."""
         return islice(self._all_guesses(path), _TRIES)
 
     def helping(self, model: nn.Module, inputs: Inputs, expected: Expected, culprit: Culprit) -> Patch | None:
@@ -87,7 +87,10 @@ class Integers:
                 for chosen in combinations(names, count):
                     if names is own or any("." in n for n in chosen):
                         for values in product(*(found[n] for n in chosen)):
-                            yield self._patch(path, alike, dict(zip(chosen, values, strict=True)))
+                            patch = self._patch(path, alike, dict(zip(chosen, values, strict=True)))
+                            yield patch
+                            if any(len(paths) > 1 for paths in patch.values()):  # others may run as they are
+                                yield {name: {path: paths[path]} for name, paths in patch.items()}
         yield from self._patches_inside(path)
 
     def _patches_inside(self, path: str) -> Iterator[Patch]:
