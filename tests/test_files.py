@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from networks import randomize
-from torch import nn
+from torch import Tensor, nn
 
 import dgate_wrap as dg
 
@@ -172,3 +172,34 @@ def test_spectrally_normalized_weights_are_loaded_as_they_were_saved(tmp_path: P
     loaded = dg.load(tmp_path, fresh)
     assert [m.training for m in loaded] == [True, True, True, True, False]
     assert torch.equal(loaded.eval()(x), exported.model.eval()(x))
+
+
+class Growing(nn.Module):
+    """Makes its table of positions anew for inputs that are longer than it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", self.make(4), persistent=False)
+        self.up, self.down = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    @staticmethod
+    def make(length: int) -> Tensor:
+        return torch.arange(3 * length).view(length, 3).sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > len(self.table):
+            self.table = self.make(x.shape[1])
+        return self.down(self.up(x + self.table[: x.shape[1]]).sigmoid())
+
+
+def test_tables_that_grow_with_the_inputs_are_saved_and_expanded_as_they_are(tmp_path: Path) -> None:
+    model, x = dg.gate(Growing(), "neurons", exclude="down.*").eval(), torch.randn(2, 4, 3)
+    dg.prune(model, ratio=0.5)
+    exported = dg.export(model, x, latency=False)
+    assert len(exported.model.table) == len(model.table) == 4  # verification leaves no trace
+    longer = torch.randn(2, 9, 3)
+    expected = exported.model(longer)
+    loaded = dg.load(dg.save(exported, tmp_path), Growing())
+    assert len(loaded.table) == len(exported.model.table) == 9
+    assert torch.equal(loaded(longer), expected)
+    torch.testing.assert_close(dg.expand(exported, Growing())(longer), expected)

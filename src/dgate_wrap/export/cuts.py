@@ -63,6 +63,11 @@ class Cut:
             tensor = tensor.index_select(axis, torch.tensor(kept, device=tensor.device))
         return tensor.contiguous()
 
+    @property
+    def kept_shape(self) -> torch.Size:
+        """The shape of what stays."""
+        return self.apply(torch.empty(self.shape, device="meta")).shape
+
     def then(self, cut: Cut) -> Cut:
         """Return what this cut, which only changes the order of indices, and another one after it do together."""
         gathers = list(self.gathers)

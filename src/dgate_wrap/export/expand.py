@@ -16,7 +16,7 @@ from ..tracing import Inputs, normalize_inputs
 from ..tracing.capture import all_tensors
 from .api import Exported
 from .cuts import Cut
-from .files import misfits
+from .files import derived_buffers, misfits
 from .masks import on_axis, project
 from .plan import Plan
 from .scatter import filled_name
@@ -89,9 +89,12 @@ def expand(
         directions = _directions(model)
         for name, tensor in all_tensors(model):
             names.setdefault(id(tensor), []).append(name)
-        found = dict(all_tensors(model))
+        found, derived = dict(all_tensors(model)), derived_buffers(model)
         for first, *others in names.values():
             known = next((held[n] for n in (first, *others) if n in held), None)
+            cut = plan.cuts.get(first)
+            if known is not None and cut is not None and first in derived and known.shape != cut.kept_shape:
+                continue  # the code has made another table since, for longer inputs
             value = (
                 _restored(first, exported.dropped[first], plan, held)
                 if known is None

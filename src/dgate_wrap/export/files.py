@@ -131,6 +131,11 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
+def derived_buffers(model: nn.Module) -> set[str]:
+    """Return the buffers that are in no state dict, since code makes them of something else."""
+    return {f"{p}.{n}" if p else n for p, m in model.named_modules() for n in m._non_persistent_buffers_set}
+
+
 def _cut(c: dict[str, Any]) -> Cut:
     axes = {int(a): list(kept) for a, kept in c["axes"].items()}
     return Cut(tuple(c["shape"]), axes, [Gather(**g) for g in c["gathers"]])
@@ -212,7 +217,7 @@ def _check_weights(plan: Plan, weights: dict[str, Tensor], model: nn.Module) -> 
     expected |= {(f"{n}.bias" if n else "bias"): () for n in plan.new_biases}
     modules = dict(model.named_modules())
     for name, cut in plan.cuts.items():
-        expected[name] = tuple(cut.apply(torch.empty(cut.shape, device="meta")).shape)
+        expected[name] = tuple(cut.kept_shape)
     for name in plan.new_biases:
         bias = f"{name}.bias" if name else "bias"
         if not isinstance(modules.get(name), nn.Linear | nn.modules.conv._ConvNd):
@@ -236,6 +241,8 @@ def _check_weights(plan: Plan, weights: dict[str, Tensor], model: nn.Module) -> 
         for name in recipe.drops:
             expected.pop(prefix + name, None)
         expected |= {prefix + n: tuple(shape) for n, shape in recipe.constants.items()}
+    grown = derived_buffers(model) & {*expected}  # tables that the code makes anew, as long as inputs ask for
+    expected |= {n: tuple(weights[n].shape) for n in grown if n in weights}
     wrong = [n for n in {*expected, *weights} if n not in weights or tuple(weights[n].shape) != expected.get(n)]
     if wrong:
         raise _bad(

@@ -52,7 +52,7 @@ class Integers:
                 self.sizes.setdefault(path, {}).setdefault(len(kept), set()).add(int(kept.sum()))
 
     def guesses(self, path: str) -> Iterator[Patch]:
-        """Yield patches of a module with its class or alone, the boldest first: its own integers, then others it reads."""
+        """Yield patches of a module, with its class or alone, the boldest first: its own integers, then others."""
         return islice(self._all_guesses(path), _TRIES)
 
     def helping(self, model: nn.Module, inputs: Inputs, expected: Expected, culprit: Culprit) -> Patch | None:
