@@ -509,6 +509,37 @@ def test_units_that_learned_queries_alone_reach_go_and_constants_stay_trainable(
     assert all(p.grad is not None for p in exported.model.parameters())
 
 
+class Detector(nn.Module):
+    """Learned places attend to what is nothing yet at each of them, and then, with what that gives, to the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(3, 8))
+        self.values, self.query, self.reads = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 16)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.queries.expand(len(x), -1, -1)
+        content = F.scaled_dot_product_attention(places, places, self.values(torch.zeros_like(places)))
+        found = F.scaled_dot_product_attention(self.query(content + places), *self.reads(x).chunk(2, -1))
+        return self.down(self.up(found).relu())
+
+
+def test_queries_beside_attention_to_nothing_stay_trainable() -> None:
+    torch.manual_seed(0)
+    model, x = Detector().double().eval(), torch.randn(2, 5, 8).double()
+    dg.gate(model, "neurons", include="up.*")
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[::2] = 0
+    exported = dg.export(model, x, latency=False)
+    assert not exported.report.gone
+    for net in (model, exported.model):
+        net(x).square().sum().backward()
+    for name in ("queries", "values.bias", "query.weight"):
+        found, expected = (net.get_parameter(name).grad for net in (exported.model, model))
+        torch.testing.assert_close(found, expected)
+
+
 def test_columns_of_a_table_go_with_what_reads_them() -> None:
     model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     tokens = torch.randint(0, 11, (2, 5))

@@ -71,9 +71,12 @@ def argument_names(node: Node) -> list[str]:
 
 
 def is_random(node: Node) -> bool:
-    """Tell whether a node draws random numbers; dropout does where it was traced in training."""
-    idle_dropout = op_name(node).endswith("dropout") and not argument(node, 2, "train", True)
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", []) and not idle_dropout
+    """Tell whether a node draws random numbers; dropout does where it was traced in training, also that of attention."""
+    name = op_name(node)
+    idle = (name.endswith("dropout") and not argument(node, 2, "train", True)) or (
+        name == "scaled_dot_product_attention" and not argument(node, 4, "dropout_p", 0.0)
+    )
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", []) and not idle
 
 
 def names(text: str) -> frozenset[str]:
