@@ -71,7 +71,7 @@ def argument_names(node: Node) -> list[str]:
 
 
 def is_random(node: Node) -> bool:
-    """Tell whether a node draws random numbers; dropout does where it was traced in training, also that of attention."""
+    """Tell whether a node draws random numbers; dropout does where it was traced in training, that of attention too."""
     name = op_name(node)
     idle = (name.endswith("dropout") and not argument(node, 2, "train", True)) or (
         name == "scaled_dot_product_attention" and not argument(node, 4, "dropout_p", 0.0)
