@@ -509,6 +509,35 @@ def test_units_that_learned_queries_alone_reach_go_and_constants_stay_trainable(
     assert all(p.grad is not None for p in exported.model.parameters())
 
 
+class Widening(nn.Module):
+    """Scales in float32, and casts back to what it was given: in float64 there is nothing to cast back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.left, self.right = nn.Linear(6, 16), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.scale = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.up(x).chunk(2, -1)
+        scaled = (self.scale * b.to(torch.float32).tanh()).to(x.dtype)
+        return self.left(a.relu()) + self.right(scaled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rewritten_forwards_cast_back_to_the_precision_that_they_are_moved_to(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Widening().eval(), torch.randn(4, 6)
+    nn.init.zeros_(model.up.bias)
+    dg.gate(model, "neurons", include="up.*")
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[[0, 1, 9]] = 0
+    exported = dg.export(model, x, latency=False)
+    assert (exported.report.removed, exported.report.rewritten) == (3, [""])
+    found = exported.model.to(dtype)(x.to(dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), model(x), rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
 class Detector(nn.Module):
     """Learned places attend to what is nothing yet at each of them, and then, with what that gives, to the input."""
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..tracing.families import Attention, Contraction, Pointwise, Product
+from ..tracing.lowering import CAST
 from ..tracing.operations import op_name, shape_of
 from ..tracing.origins import owner, owners, where
 from ..tracing.symbolic import Symbolic, is_open
@@ -276,6 +277,14 @@ class Writing:
     # one node
 
     def _write(self, node: Node) -> Any:
+        """Write a node, and the cast to the precision of what the part is given that code does of it."""
+        made = self._written(node)
+        if not node.meta.get(CAST) or node.meta["val"].dtype != torch.float64 or not isinstance(made, Node):
+            return made
+        own = self._here(torch.float64)
+        return self.graph.call_function(torch.ops.aten.to.dtype, (made, own)) if isinstance(own, Node) else made
+
+    def _written(self, node: Node) -> Any:
         constant = self._constant(node)
         if constant is not None:
             return self._emit_constant(node, constant)

@@ -26,6 +26,9 @@ from .recorder import SAME
 
 _aten: Any = torch.ops.aten
 
+CAST = "cast"
+"""Marks nodes whose values are cast to the dtype that they have: in another precision they may have another one."""
+
 _ASSERTIONS = {_aten._assert_tensor_metadata.default, _aten._assert_scalar.default}
 
 
@@ -66,6 +69,8 @@ def _lowered(given: Graph) -> Graph | None:
     _clean(graph)
     known: dict[str, Graph] = {}
     for node in [n for n in graph.nodes if _is_composite(n.target)]:
+        if _is_idle_cast(node):
+            cast(Node, node.args[0]).meta[CAST] = True
         if _may_alias(node.target):
             _replace(node, _parts(node, known))
         elif not has_rule(node):
@@ -93,6 +98,13 @@ def _is_call(node: Node) -> bool:
 def is_symbol(value: Any) -> bool:
     """Tell whether a number is one that torch follows, such as an open size."""
     return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def _is_idle_cast(node: Node) -> bool:
+    if not isinstance(node.target, OpOverload) or node.target.overloadpacket not in (_aten.to, _aten.type_as):
+        return False
+    x, y = cast(Node, node.args[0]).meta["val"], node.meta["val"]
+    return x.dtype == y.dtype and y.is_floating_point()
 
 
 def reads_values(node: Node) -> bool:
