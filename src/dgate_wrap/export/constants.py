@@ -118,7 +118,7 @@ class Constants:
         """Mark as unknown what was seen to be another constant at other sizes of the inputs."""
         unknown, here = self.unknown[node], self.values[node]
         found = torch.zeros_like(unknown)
-        for values in self.elsewhere:
+        for values in () if bool(unknown.all()) else self.elsewhere:
             there = values.get(node)
             if not isinstance(there, Tensor) or there.dim() != here.dim() or here.is_complex():
                 # of another graph, zeros are zeros there too
@@ -396,6 +396,8 @@ _BILINEAR = "...i,oij,...j->...o"
 
 def _range(value: Tensor, axes: list[int], *, keepdim: bool = True) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest values along some axes, in float64."""
+    if value.dtype not in (torch.float32, torch.float64):
+        value = value.double()  # torch knows no least of unsigned and narrow numbers
     low, high = (value.amin(axes, keepdim), value.amax(axes, keepdim)) if axes else (value, value)
     return low.double(), high.double()
 
