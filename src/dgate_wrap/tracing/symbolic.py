@@ -120,6 +120,8 @@ def capture_part(model: nn.Module, path: str, inputs: Inputs, span: list[Node]) 
         pairs = _paired(alone, span)
         if pairs is None or any(_branches(inputs, *bounds) for bounds in symbolic.bounds):
             return None
+        if alone.notes:  # it reads numbers off tensors that nothing in the model's trace keeps as they are
+            return None
         for node in list(symbolic.graph.nodes):
             if node.op == "placeholder" and symbolic.twins[node] not in pairs:
                 symbolic.graph.erase_node(node)  # which fails, as it should, if its sizes are used
