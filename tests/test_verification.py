@@ -727,6 +727,31 @@ def test_every_operation_runs_in_float64_inside_of_in_double() -> None:
         counter.add_(1)
 
 
+class Rescales(nn.Module):
+    """Halves a weight when it is called first in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.halved = nn.Linear(4, 8), nn.Linear(8, 3), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.halved is self.training:
+            with torch.no_grad():
+                self.down.weight.mul_(2 if self.training else 0.5)
+            self.halved = not self.training
+        return self.down(self.up(x).sigmoid())
+
+
+def test_a_forward_that_writes_into_parameters_leaves_those_of_the_user_alone() -> None:
+    model, x = dg.gate(Rescales().eval(), "neurons", include="up.*"), torch.randn(5, 4)
+    dg.prune(model, ratio=0.5)
+    before = model.down.weight.clone()
+    exported = dg.export(model, x, latency=False)
+    assert torch.equal(model.down.weight, before)
+    assert exported.report.removed == 4
+    torch.testing.assert_close(exported.model(x), model(x))
+
+
 def test_rounding_is_judged_on_the_input_where_it_happens() -> None:
     class Cancelling(nn.Module):
         """Loses all but a few digits on the inputs whose two halves are nearly alike."""

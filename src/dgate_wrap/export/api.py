@@ -17,11 +17,12 @@ from ..gating import ungate
 from ..pruning import PruneReport, prune
 from ..tracing import Inputs, capture, normalize_inputs
 from ..tracing.capture import all_tensors
-from ..tracing.settings import forget_results
+from ..tracing.inputs import without_cache
+from ..tracing.settings import evaluating, forget_results
 from .alignment import find_orders, reorder_, reordered
 from .certificate import Certificate, constant_output
 from .configs import express
-from .copies import separate_, share, weight_bytes
+from .copies import SparingParameters, WritesParameterError, separate_, share, weight_bytes
 from .cuts import Cut
 from .facts import Facts
 from .masks import on_axis
@@ -137,15 +138,17 @@ def export(
     clock = _Clock()
     with torch.no_grad():
         with clock("copy"):
-            pruned = _copy(model).eval()  # reading a spectrally normalized weight in train mode would change it
-            forget_results(pruned)
-            pruning = prune(pruned, tol=tol)
+            pruned, pruning = _pruned(model, tol)
+        with clock("verification"):
+            try:
+                as_gated = _outputs(pruned, inputs)
+            except WritesParameterError:
+                pruned, pruning = _pruned(model, tol, called_on=inputs)
+                as_gated = run(pruned, inputs)
+        with clock("copy"):
             tensors = require_gated(pruned, "cannot export")
             dead = _dead_groups(tensors)
             labels = [(gates, [(t.name, t.gate.index.cpu()) for t in members]) for gates, members in by_gates(tensors)]
-        with clock("verification"):
-            as_gated = _outputs(pruned, inputs)
-        with clock("copy"):
             dense = ungate(pruned)
             implied = _with_epsilons(dense)
         subject, doubled, given, why = _analyse(dense, inputs, clock)
@@ -189,10 +192,35 @@ def export(
     return Exported(found.small, plan, report, signature(dense), _dropped(dense, found), inputs)
 
 
+def _pruned(model: nn.Module, tol: float | None, called_on: Inputs | None = None) -> tuple[nn.Module, PruneReport]:
+    """Copy a gated model, and prune the copy.
+
+    Args:
+        model: The model.
+        tol: As of `prune`.
+        called_on: What a copy that shares no parameter is called on first, where a call writes into parameters, as the
+            first one in eval mode of RWKV does.
+    """
+    pruned = _copy(model, whole=called_on is not None).eval()  # to read a spectrally normalized weight may change it
+    forget_results(pruned)
+    if called_on is not None:
+        with evaluating(pruned), without_cache(pruned, called_on) as extra:
+            given = called_on.map(Tensor.clone)
+            pruned(*given.args, **given.kwargs, **extra)  # what it writes stays
+    return pruned, prune(pruned, tol=tol)
+
+
 def _outputs(pruned: nn.Module, inputs: Inputs) -> list[Any] | None:
-    """Run the pruned model while it is gated; ``None`` where it does not run, which the trace says in better words."""
+    """Run the pruned model while it is gated; ``None`` where it does not run, which the trace says in better words.
+
+    Raises:
+        WritesParameterError: If it would write into a parameter.
+    """
     try:
-        return run(pruned, inputs)
+        with SparingParameters(pruned):
+            return run(pruned, inputs)
+    except WritesParameterError:
+        raise
     except Exception:
         return None
 
@@ -235,12 +263,12 @@ class _Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """Copy a gated model; what has no gates lies where it did."""
+def _copy(model: nn.Module, *, whole: bool = False) -> nn.Module:
+    """Copy a gated model; what has no gates lies where it did, unless the ``whole`` of it is copied."""
     tensors = require_gated(model, "cannot export")
     gated = [p for t in tensors for p in (t.omega, t.gates.gamma)]
     indices = [t.gate._gather for t in tensors if t.gate._gather is not None]
-    return share(model, own=gated, shared=indices)
+    return share(model, own=[*model.parameters()] if whole else gated, shared=indices)
 
 
 def _check_batches(

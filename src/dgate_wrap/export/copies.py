@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..copying import deep_copy
 from ..errors import ExportError
+from ..tracing.recorder import storage_of, written_by
 
 
 def share(model: nn.Module, own: Collection[Tensor] = (), shared: Collection[Tensor] = ()) -> nn.Module:
@@ -86,8 +87,9 @@ class InDouble(TorchDispatchMode):
             args = tuple(self._operand(x, i) for i, x in enumerate(args))
             return func(*args, **given[1])
         wide_args, wide_kwargs = pytree.tree_map(_widened, given)
-        if func._schema.is_mutable:
-            _require_wide(func, given)
+        for x in written_by(func, *given):  # what is written to a copy would be lost
+            if _is_narrow(x.dtype):
+                raise TypeError(f"{func} writes to a tensor of {x.dtype}")
         return func(*wide_args, **wide_kwargs)
 
     def _operand(self, x: Any, i: int) -> Any:
@@ -114,10 +116,19 @@ def _widened(x: Any) -> Any:
     return torch.float64 if isinstance(x, torch.dtype) and _is_narrow(x) else x
 
 
-def _require_wide(func: Any, given: Any) -> None:
-    """Refuse to write to what would have to be widened first: what is written would be lost."""
-    args, kwargs = given
-    for i, a in enumerate(func._schema.arguments):
-        x = args[i] if i < len(args) else kwargs.get(a.name)
-        if a.alias_info is not None and a.alias_info.is_write and isinstance(x, Tensor) and _is_narrow(x.dtype):
-            raise TypeError(f"{func} writes to a tensor of {x.dtype}")
+class WritesParameterError(Exception):
+    """A forward writes into a parameter."""
+
+
+class SparingParameters(TorchDispatchMode):
+    """Raise `WritesParameterError` before anything is written into a parameter of a model: others share its memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._shared = {storage_of(p) for p in model.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        if any(storage_of(x) in self._shared for x in written_by(func, args, kwargs or {})):
+            raise WritesParameterError
+        return func(*args, **(kwargs or {}))

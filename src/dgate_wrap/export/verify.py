@@ -24,7 +24,7 @@ from ..errors import ExportError
 from ..tracing import Inputs
 from ..tracing.inputs import PLAIN, without_cache
 from ..tracing.recorder import tensors_in
-from ..tracing.settings import evaluating, unchanged
+from ..tracing.settings import evaluating
 from .arguments import left_out, other_values, with_other_floats
 from .certificate import Certificate, Mismatch, Probe, Unsteady, constant_output
 from .copies import InDouble
@@ -60,12 +60,9 @@ def to_double(x: Tensor) -> Tensor:
 
 
 def run(model: nn.Module, inputs: Inputs, times: int = 1) -> list[Any]:
-    """Run a model in eval mode, as it was traced, and return the leaves of its outputs, one run after the other.
-
-    What that writes into the model's attributes, such as a table that grows for long inputs, is undone.
-    """
+    """Run a model in eval mode, as it was traced, and return the leaves of its outputs, one run after the other."""
     quiet = warnings.catch_warnings()
-    with unchanged(model), evaluating(model), torch.no_grad(), without_cache(model, inputs) as extra, quiet:
+    with evaluating(model), torch.no_grad(), without_cache(model, inputs) as extra, quiet:
         warnings.simplefilter("ignore")  # of sizes that no one has asked for
         return [part for leaf in pytree.tree_leaves(inputs.calls(model, times, **extra)) for part in _parts(leaf)]
 

@@ -301,16 +301,11 @@ class _Recorder(TorchDispatchMode):
             self.outside[spot] = None
 
     def _refuse_writing_parameters(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not func._schema.is_mutable:
-            return
-        for i, argument in enumerate(func._schema.arguments):
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for x in [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]:
-                    name, owner, _ = self._owners.get(storage_of(x), (None, None, None))
-                    if isinstance(owner, nn.Parameter):
-                        reason = f"it writes into the parameter {str(name).removeprefix(PREFIX)!r}"
-                        raise UnrecordableError(self._spot(), reason)
+        for x in written_by(func, args, kwargs):
+            name, owner, _ = self._owners.get(storage_of(x), (None, None, None))
+            if isinstance(owner, nn.Parameter):
+                reason = f"it writes into the parameter {str(name).removeprefix(PREFIX)!r}"
+                raise UnrecordableError(self._spot(), reason)
 
     def _spot(self) -> Spot | None:
         return next(_frames(record.__code__), None)
@@ -320,6 +315,19 @@ class _Recorder(TorchDispatchMode):
         frames = list(_frames(record.__code__)) or list(_frames(record.__code__, _is_module))
         lines = [f'  File "{f}", line {n}, in {c}\n    {linecache.getline(f, n).strip()}\n' for f, n, c in frames[::-1]]
         return "".join([*(f'  Module "{path}", call {i}\n' for path, i in self.within), *lines])
+
+
+def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors into which an operation writes."""
+    if not func._schema.is_mutable:
+        return []
+    given = enumerate(func._schema.arguments)
+    values = [
+        args[i] if i < len(args) else kwargs.get(a.name)
+        for i, a in given
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
+    return [x for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]
 
 
 def storage_of(x: Tensor) -> int:
