@@ -703,18 +703,12 @@ def test_every_operation_runs_in_float64_inside_of_in_double() -> None:
         found = model(x.double())
     with torch.no_grad():
         assert torch.equal(found, share(model).double()(x.double()))
-    wide, narrow = (
-        torch.randn(400, 500, generator=torch.Generator().manual_seed(1)),
-        torch.randn(450, 400, generator=torch.Generator().manual_seed(2)),
-    )
-    batched, cut = (
-        torch.randn(3, 300, 300, generator=torch.Generator().manual_seed(3)),
-        torch.randn(900, 800, generator=torch.Generator().manual_seed(4)),
-    )
+    generator = torch.Generator().manual_seed(1)
+    operands = [torch.randn(n, generator=generator) for n in ((400, 500), (450, 400), (3, 300, 300), (900, 800))]
 
     def products(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Large operands: contiguous, turned, both at once, batched, and with gaps."""
-        a, b, c, d = map(cast, (wide, narrow, batched, cut))
+        a, b, c, d = map(cast, operands)
         return [a.t() @ b.t(), b @ a, F.linear(a.t(), b, b[:, 0]), c @ c.mT, d[:, ::2] @ a, a.t()]
 
     with InDouble():

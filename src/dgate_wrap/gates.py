@@ -149,12 +149,6 @@ class GatedTensor:
         """The gates of its groups."""
         return self.gate.gates
 
-    def group_sum(self, values: Tensor) -> Tensor:
-        """Sum ω-shaped values by group, shape ``(G,)``."""
-        return sum_by_group(values, self.gate.index.to(values.device), self.gates.num_groups).to(
-            self.gates.gamma.device
-        )
-
     def mask(self, doomed: Tensor) -> Tensor:
         """Mark the elements whose group is marked in ``doomed``, shape ``(G,)``; broadcasts to ω."""
         return spread(doomed, self.gate.index.to(doomed.device), False).to(self.omega.device)

@@ -101,6 +101,7 @@ def is_symbol(value: Any) -> bool:
 
 
 def _is_idle_cast(node: Node) -> bool:
+    """Tell whether a node casts floating-point numbers to the dtype that they have."""
     if not isinstance(node.target, OpOverload) or node.target.overloadpacket not in (_aten.to, _aten.type_as):
         return False
     x, y = cast(Node, node.args[0]).meta["val"], node.meta["val"]

@@ -321,12 +321,8 @@ def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
     """Return the tensors into which an operation writes."""
     if not func._schema.is_mutable:
         return []
-    given = enumerate(func._schema.arguments)
-    values = [
-        args[i] if i < len(args) else kwargs.get(a.name)
-        for i, a in given
-        if a.alias_info is not None and a.alias_info.is_write
-    ]
+    written = [(i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info and a.alias_info.is_write]
+    values = [args[i] if i < len(args) else kwargs.get(name) for i, name in written]
     return [x for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]
 
 
