@@ -488,6 +488,11 @@ def ranking(rng: Random, shape: Shape) -> Block:
         "centre": lambda m, x, e: x - x.mean(dim, keepdim=True),
         "total": lambda m, x, e: x / (1 + x.abs().sum(dim, keepdim=True)),
         "amin": lambda m, x, e: x + x.amin(dim, keepdim=True),
+        "cummax": lambda m, x, e: x.cummax(dim).values,
+        "cumprod": lambda m, x, e: x + x.cumprod(dim),
+        "logcumsumexp": lambda m, x, e: x.logcumsumexp(dim),
+        "quantile": lambda m, x, e: x - x.quantile(0.3, dim, keepdim=True),
+        "aminmax": lambda m, x, e: x.clamp(max=0.5) * torch.aminmax(x, dim=dim, keepdim=True).max,
     }
     how = rng.choice(list(runs))
     return Block(f"{how} along {dim}", runs[how])
@@ -824,6 +829,8 @@ def tokens_moved(rng: Random, shape: Shape) -> Block:
         "half": lambda m, x, e: torch.cat([x, x.mean(1, keepdim=True).expand_as(x)], -1),
         "merge": lambda m, x, e: x.view(x.shape[0], -1, 2 * c),
         "rewrap": lambda m, x, e: x.reshape(-1, c, tokens),
+        "distances": lambda m, x, e: torch.cdist(x, x + m.position, p=1.0).tanh() @ x,
+        "fill": lambda m, x, e: x.index_fill(1, m.order[:k], 0.2),
         "windows": lambda m, x, e: x.unfold(1, 2, 1).flatten(2),
         "rotary": rotary,
     }
@@ -850,6 +857,9 @@ def chosen_tokens(rng: Random, shape: Shape) -> Block:
             1, (e % tokens)[:, None, None].expand(-1, tokens, c), x
         ),
         "weights": lambda m, x, e: torch.einsum("bc,bcd->bd", x.mean(1), m.experts[e % 3])[:, None] + x,
+        "masked_scatter": lambda m, x, e: x.masked_scatter(
+            (torch.arange(x.shape[1]) <= e[:, None])[..., None].expand_as(x), torch.tanh(2 * x - 0.5)
+        ),
     }
     how = rng.choice(list(runs))
     table, experts = nn.Embedding(4, c), parameter(3, c, c)
@@ -870,9 +880,12 @@ def chosen_rows(rng: Random, shape: Shape) -> Block:
         "expert": lambda m, x, e: (x.unsqueeze(1) @ m.experts[e % 3]).squeeze(1),
         "put": lambda m, x, e: x.scatter(1, (e % c)[:, None], 0.4),
         "segments": lambda m, x, e: torch.zeros(3, c, dtype=x.dtype).index_add(0, e % 3, x)[e % 3],
+        "highest": lambda m, x, e: m.start.scatter_reduce(0, (e % 3)[:, None].expand_as(x), x, "amax")[(e + 1) % 3],
+        "averages": lambda m, x, e: m.start.scatter_reduce(0, (e % 3)[:, None].expand_as(x), x, "mean")[(e + 1) % 3],
     }
     how = rng.choice(list(runs))
     parts = {"table": nn.Embedding(4, c), "experts": parameter(3, c, width(rng)), "shift": parameter(2)}
+    parts["start"] = parameter(3, c)
     return Block(how, runs[how], extra=True, **parts)
 
 
@@ -1033,6 +1046,7 @@ def channels_moved(rng: Random, shape: Shape) -> Block:
         "pad": lambda m, x, e: F.pad(x, (1, 1)),
         "pad_value": lambda m, x, e: F.pad(x, (0, 1), value=0.6),
         "pad_reflect": lambda m, x, e: F.pad(x, (1, 1) * d, mode="reflect"),
+        "exact": lambda m, x, e: F.interpolate(x, scale_factor=1.5, mode="nearest-exact"),
         "pad_channels": lambda m, x, e: F.pad(x, (0, 0) * d + (1, 1)),
         "flip": lambda m, x, e: x.flip(-1),
         "roll": lambda m, x, e: torch.roll(x, (1, 1), (1, 2)),
@@ -1059,9 +1073,19 @@ def channels_moved(rng: Random, shape: Shape) -> Block:
         "pixel_shuffle": lambda m, x, e: F.pixel_shuffle(x, 2),
         "transpose": lambda m, x, e: x.transpose(2, 3),
         "patches": lambda m, x, e: F.unfold(x, 2).unflatten(2, (shape[1] - 1, shape[2] - 1)),
+        "folded": lambda m, x, e: F.fold(F.unfold(x, 2, padding=1).tanh(), x.shape[2:], 2, padding=1),
+        "unpooled": lambda m, x, e: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+        "sampled": lambda m, x, e: F.grid_sample(x, x[:, :1].movedim(1, -1) + m.points, align_corners=False),
+        "warped": lambda m, x, e: F.grid_sample(
+            x,
+            F.affine_grid(m.turn.expand(len(x), 2, 3), [*x.shape], align_corners=False),
+            padding_mode="border",
+            align_corners=False,
+        ),
         "channel_shuffle": lambda m, x, e: F.channel_shuffle(x, 2),
     }
     images = ("rotated", "pixel_unshuffle", "pixel_shuffle", "transpose", "patches", "channel_shuffle")
+    images += ("folded", "unpooled", "sampled", "warped")
     even = ("shuffle", "glu", "channel_shuffle")
     names = [
         n
@@ -1070,6 +1094,7 @@ def channels_moved(rng: Random, shape: Shape) -> Block:
     ]
     how = rng.choice(names)
     parts = {"scale": parameter(c), "shift": parameter(c), "keep": mask(rng, c)}
+    parts |= {"points": parameter(2), "turn": parameter(2, 3)}
     return Block(how, runs[how], order=order, **parts)
 
 

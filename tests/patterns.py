@@ -375,6 +375,17 @@ CONVOLUTIONS = [
     _convs("prelu_conv", lambda: nn.PReLU(4), hidden=4),
     _convs("local_response_norm", lambda: nn.LocalResponseNorm(2), "hidden"),
     _convs("blur", do(lambda x: F.conv2d(x, torch.full((4, 1, 2, 2), 0.25), groups=4)), hidden=4),
+    _convs("fold", do(lambda x: F.fold(F.unfold(x, 3, padding=1), x.shape[2:], 3, padding=1)), hidden=4),
+    _convs("unpool", do(lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)), hidden=4),
+    _convs("nearest_exact", do(lambda x: F.interpolate(x, scale_factor=2, mode="nearest-exact")), hidden=4),
+    _convs("antialias", do(lambda x: F.interpolate(x, (3, 3), mode="bicubic", antialias=True)), hidden=4),
+    _image(
+        "warp",
+        lambda m, x: m.b(F.grid_sample(m.a(x), m.grid(x).tanh().movedim(1, -1), align_corners=False)),
+        lambda: {"a": Conv2d(3, 4, 1), "grid": Conv2d(3, 2, 1), "b": Conv2d(4, 2, 1)},
+        "channels",
+        hidden=4,
+    ),
     _convs(
         "coordinates",
         do(lambda x: torch.cat([x, torch.linspace(-1, 1, 8).expand(len(x), 1, 8, 8)], 1)),
@@ -427,6 +438,11 @@ def _highway(m: nn.Module, x: Tensor) -> Tensor:
     return m.out(t * F.relu(m.h(x)) + (1 - t) * x)
 
 
+def _halves(x: Tensor) -> Tensor:
+    """The one of two groups that each token is in, for each of six channels."""
+    return (torch.arange(x.shape[1]) % 2)[:, None].expand(len(x), -1, 6)
+
+
 GATES = [
     _through("glu", nn.GLU, width=3, hidden=3),
     _rows("glu_functional", lambda m, x: m.b(F.glu(m.a(x), dim=1)), two(12, 6), hidden=6),
@@ -460,6 +476,29 @@ GATES = [
     _rows("gather", lambda m, x: m.b(m.a(x).gather(1, x.argsort(1))), two(6, 4)),
     _sequence(
         "cumsum_time", lambda m, x: m.b(m.a(x).cumsum(1)), lambda: {"a": Linear(8, 6), "b": Linear(6, 2)}, hidden=6
+    ),
+    _sequence(
+        "quantile_time",
+        lambda m, x: m.b(m.a(x) - m.a(x).quantile(0.3, 1, keepdim=True)),
+        lambda: {"a": Linear(8, 6), "b": Linear(6, 2)},
+        hidden=6,
+    ),
+    _sequence(
+        "nearest_tokens",
+        lambda m, x: m.b(torch.cdist(m.a(x), m.a(x)).softmax(-1) @ m.a(x)),
+        lambda: {"a": Linear(8, 6), "b": Linear(6, 2)},
+    ),
+    _sequence(
+        "highest_of_groups",
+        lambda m, x: m.b(m.a(x).new_zeros(len(x), 2, 6).scatter_reduce(1, _halves(x), m.a(x), "amax")),
+        lambda: {"a": Linear(8, 6), "b": Linear(6, 2)},
+        hidden=6,
+    ),
+    _sequence(
+        "rows_put_in",
+        lambda m, x: m.b(m.a(x).masked_scatter((x[..., :1] > 0).expand(-1, -1, 6), m.c(x))),
+        lambda: {"a": Linear(8, 6), "b": Linear(6, 2), "c": Linear(8, 6)},
+        "hidden",
     ),
     _sequence(
         "top_k_tokens", lambda m, x: m.b(m.a(x).topk(2, 1)[0]), lambda: {"a": Linear(8, 6), "b": Linear(6, 2)}, hidden=6

@@ -200,7 +200,8 @@ class Constants:
     @_unknown.register
     def _(self, family: Mixing, node: Node) -> Any:
         unknown = self.unknown[family.x]
-        mixed = self.mixed(family, unknown)
+        moves = any(n in self.varying for n in family.where)  # zeros remain zeros, wherever they are taken from
+        mixed = self.mixed(family, self.possible(family.x) > 0 if moves else unknown)
         if family.keeps_zero and family.kind == "norm":
             mixed = mixed & ~self.zero(family.x)
         scaled = mixed
@@ -338,7 +339,8 @@ class Constants:
             assert family.source is not None
             axis = family.axes[0]
             added = self.possible(family.source) > 0 if chosen else self.unknown[family.source]
-            return self.unknown[family.x] | along(added, axis).expand(shape_of(node))
+            kept = self.possible(family.x) > 0 if chosen and family.over else self.unknown[family.x]
+            return kept | along(added, axis).expand(shape_of(node))
         flat = torch.cat([*(self._choices(family, n, chosen).flatten() for n in places), torch.zeros(1).bool()])
         out = flat[self.movement_map(node)[0]]
         if chosen and family.source is not None:  # what is written where is up to the data

@@ -93,6 +93,8 @@ def _(family: Mixing, node: Node, w: Vectors) -> None:
                 w.keep_axis(out, out_axis, NEEDED)
             else:
                 w.link(family.x, axis, out, out_axis)
+    for n in family.where:
+        w.keep_whole(n, w.says(node, "it says what is taken from where"))
     for parameter, axis, x_axis in family.parameters:
         w.link(family.x, x_axis, parameter, axis)
 

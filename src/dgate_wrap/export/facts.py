@@ -178,6 +178,8 @@ class Facts(Constants):
         if family.kind == "norm" and family.averages:
             live = live & ~self.zero(family.x)
         self._mark(family.x, self.mixed(family, live).expand(shape_of(family.x)))
+        for n in family.where:
+            self._mark(n, full_mask(self.values[n], True))
 
     @_live.register
     def _(self, family: Product, node: Node, live: Any) -> None:

@@ -43,7 +43,8 @@ class Elements(Products):
             return self._set(node, united)
         rest = [a for a in range(united.dim()) if a not in family.axes]
         masks = any(n.meta["val"].dtype == torch.bool for n in family.indices)
-        count = max(1 if masks else max(len(shape_of(n)) for n in family.indices), written.dim() - len(rest))
+        count = 1 if masks or family.each else max(len(shape_of(n)) for n in family.indices)
+        count = max(count, written.dim() - len(rest))
         source = self._aligned(written, len(rest) + count)
         side_by_side = family.axes == tuple(range(family.axes[0], family.axes[0] + len(family.axes)))
         first = family.axes[0] if side_by_side else 0  # where torch puts what is picked among the other axes

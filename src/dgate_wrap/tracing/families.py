@@ -63,7 +63,7 @@ class Mixing:
     along the mixed axes: a norm's statistics, a pooling, a reduction, or a softmax or cumulative sum. ``keeps_zero``:
     a slice of zeros stays zero whatever the others hold, before the parameters (RMSNorm; a sum). ``averages``: zeros
     along the mixed axes matter by their number only (a mean; RMSNorm's mean of squares). With ``groups``, axis 1 mixes
-    within that many groups of channels only.
+    within that many groups of channels only. ``where`` are operands that say which elements are mixed.
     """
 
     kind: Literal["norm", "pool", "reduction", "scan"]
@@ -75,6 +75,7 @@ class Mixing:
     keeps_zero: bool = False
     averages: bool = False
     groups: int = 1
+    where: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,9 @@ class Indexing(Barrier):
 
     ``source`` is ``None``, or what is written there (index_put). ``run`` applies the operation to stand-ins of x and
     the written tensor, given the values of the indices. ``same_axes`` tells that output axes lie where those of x do,
-    ``adds`` that what is written is added to what is there (index_add), which moves nothing, and ``each`` that there is
-    an index for every element (gather, scatter).
+    ``adds`` that what is written is combined with what is there (index_add), which moves nothing, and ``each`` that
+    there is an index for every element (gather, scatter). ``over``: it is not added, but takes its place, or the
+    larger of both does, so that zeros are not nothing.
     """
 
     x: Node
@@ -199,6 +201,7 @@ class Indexing(Barrier):
     same_axes: bool = True
     adds: bool = False
     each: bool = False
+    over: bool = False
 
     @property
     def moved(self) -> tuple[Node, ...]:

@@ -110,9 +110,12 @@ class Interpreter(Layers):
         """Barrier: freeze what goes in; what comes out is data."""
         assert isinstance(family, Barrier)
         for n in family.inputs:
-            for w in self._listed(n) if n in self.structure.words or n in self.varying else []:
-                self.structure.flag("frozen", label_of(narrow(w)), self._says(node, "an operation without a rule"))
+            self._freeze(n, self._says(node, "an operation without a rule"))
         self._set_all(node, DATA)
+
+    def _freeze(self, node: Node, why: str) -> None:
+        for w in self._listed(node) if node in self.structure.words or node in self.varying else []:
+            self.structure.flag("frozen", label_of(narrow(w)), why)
 
     @_label.register
     def _(self, family: Creation, node: Node) -> None:
@@ -291,6 +294,8 @@ class Interpreter(Layers):
         words = self._words(family.x)
         results = node.meta["val"]
         mixed = sorted(family.mixed)
+        for n in family.where:
+            self._freeze(n, self._says(node, "it says what is taken from where"))
         if family.kind == "norm":
             out = self._normalize(family, node, words)
         elif family.kind == "pool":

@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from .operations import has_rule
+from .parts import PARTS
 from .recorder import SAME
 
 _aten: Any = torch.ops.aten
@@ -40,7 +41,7 @@ def lower(exported: ExportedProgram) -> ExportedProgram:
     lowered = _lowered(exported.graph)
     if lowered is None:
         exported._guards_code = []  # conditions on sizes, which a second trace would take minutes to write down
-        exported = exported.run_decompositions({})
+        exported = exported.run_decompositions(PARTS)
         _clean(exported.graph)
         exported.graph_module.recompile()
     else:
@@ -68,7 +69,7 @@ def _lowered(given: Graph) -> Graph | None:
     graph.output(graph.graph_copy(given, {}))
     _clean(graph)
     known: dict[str, Graph] = {}
-    for node in [n for n in graph.nodes if _is_composite(n.target)]:
+    for node in [n for n in graph.nodes if _is_composite(n.target) or n.target in PARTS]:
         if _is_idle_cast(node):
             cast(Node, node.args[0]).meta[CAST] = True
         if _may_alias(node.target):
@@ -145,7 +146,7 @@ def _parts(node: Node, known: dict[str, Graph]) -> Graph:
     values = [n.meta["val"] for n in inputs]
     [mode] = {cast(Any, x).fake_mode for x in values if isinstance(x, Tensor)}
     with torch.no_grad(), mode, enable_python_dispatcher():
-        traced = make_fx(call)(*(x.detach() if isinstance(x, Tensor) else x for x in values))
+        traced = make_fx(call, PARTS)(*(x.detach() if isinstance(x, Tensor) else x for x in values))
     traced.graph.eliminate_dead_code()
     known[kind] = traced.graph
     return traced.graph

@@ -96,12 +96,16 @@ def _softmax(node: Node, varying: frozenset[Node]) -> Family | None:
     return Mixing("scan", x, frozenset({axis % ndim}), tuple(range(ndim)))
 
 
-_REDUCTIONS = names("mean sum amax amin var var_mean std std_mean logsumexp all any prod linalg_vector_norm norm")
+_REDUCTIONS = names(
+    """
+    mean sum amax amin var var_mean std std_mean logsumexp all any prod linalg_vector_norm norm quantile nanquantile
+    """
+)
 _POOLS = names(
     """
     max_pool{n}d max_pool{n}d_with_indices avg_pool{n}d adaptive_avg_pool{n}d adaptive_max_pool{n}d
     _adaptive_avg_pool{n}d lp_pool{n}d upsample_linear{n}d upsample_bilinear{n}d upsample_trilinear{n}d
-    upsample_bicubic{n}d _upsample_bilinear{n}d_aa
+    upsample_bicubic{n}d _upsample_bilinear{n}d_aa _upsample_bicubic{n}d_aa
     """
 )
 
@@ -129,7 +133,7 @@ def _each(n: int, given: Any) -> list[int]:
 def _reduction(node: Node, varying: frozenset[Node]) -> Family | None:
     """``sum(x)`` and ``var(x, unbiased)``, without axes, reduce everything."""
     x = node.args[0]
-    if not isinstance(x, Node):
+    if not isinstance(x, Node) or (op_name(node).endswith("quantile") and _is_vector(node.args[1])):
         return None
     ndim, arguments = len(shape_of(x)), argument_names(node)
     given = argument(node, arguments.index("dim"), "dim") if "dim" in arguments else None
@@ -142,6 +146,17 @@ def _reduction(node: Node, varying: frozenset[Node]) -> Family | None:
     order = argument(node, 1, "ord" if "ord" in arguments else "p", 2) if "norm" in name else None
     adds = name == "sum" or (isinstance(order, int | float) and order > 0)  # zeros change nothing
     return Mixing("reduction", x, mixed, out_axis, keeps_zero=adds, averages=name == "mean")
+
+
+def _sample(node: Node, varying: frozenset[Node]) -> Family | None:
+    """Values of maps at points that another operand gives, by interpolation: of every channel the same ones."""
+    x, grid = cast("tuple[Node, Node]", node.args[:2])
+    ndim = len(shape_of(x))
+    return Mixing("pool", x, frozenset(range(2, ndim)), tuple(range(ndim)), keeps_zero=True, where=(grid,))
+
+
+def _is_vector(x: Any) -> bool:
+    return isinstance(x, Node) and shape_of(x) != ()
 
 
 _FOURIER = names(
@@ -176,9 +191,10 @@ MIXINGS: dict[str, OpRule] = {
     "group_norm": _group_norm,
     **dict.fromkeys(("_weight_norm", "_weight_norm_interface"), _weight_norm),
     "prelu": _prelu,
-    **dict.fromkeys(("softmax", "log_softmax", "cumsum"), _softmax),
+    **dict.fromkeys(("softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"), _softmax),
     **{name.format(n=n): functools.partial(_pool, n) for name in _POOLS for n in (1, 2, 3)},
     **dict.fromkeys(_REDUCTIONS, _reduction),
     **dict.fromkeys(_FOURIER, _fourier),
     **dict.fromkeys(("tril", "triu"), _triangle),
+    **dict.fromkeys(("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), _sample),
 }

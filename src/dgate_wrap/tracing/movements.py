@@ -88,8 +88,8 @@ def _write(node: Node, varying: frozenset[Node]) -> Family | None:
     axes, indices = (_axis(x, axis),), (index,)
     if op_name(node) == "index_copy":
         return _indexing(node, x, axes, indices, written)
-    each = op_name(node) in ("scatter", "scatter_add")
-    return _indexing(node, x, axes, indices, written, adds=True, each=each)
+    each, adds = "scatter" in op_name(node), op_name(node) in ("index_add", "scatter_add")
+    return _indexing(node, x, axes, indices, written, adds=True, each=each, over=not adds)
 
 
 def _axis(x: Node, axis: int) -> int:
@@ -105,6 +105,7 @@ def _indexing(
     same: bool = True,
     adds: bool = False,
     each: bool = False,
+    over: bool = False,
 ) -> Indexing:
     parts = [n for n in (x, written) if n is not None]
     target = cast(Callable[..., Tensor], node.target)
@@ -114,13 +115,13 @@ def _indexing(
         args, kwargs = cast("tuple[Any, Any]", torch.fx.map_arg((node.args, node.kwargs), given.__getitem__))
         return target(*args, **kwargs)
 
-    return Indexing(tensor_inputs(node), x, axes, indices, run, written, same, adds, each)
+    return Indexing(tensor_inputs(node), x, axes, indices, run, written, same, adds, each, over)
 
 
 def _ranking(node: Node, varying: frozenset[Node]) -> Family | None:
     x, name = cast(Node, node.args[0]), op_name(node)
     position = {"topk": 2, "kthvalue": 2}.get(name, 1)
-    if name in ("max", "min", "median") and not isinstance(argument(node, 1, "dim"), int):
+    if name in ("max", "min", "median", "nanmedian") and not isinstance(argument(node, 1, "dim"), int):
         if len(node.args) > 1:
             return Pointwise(tensor_inputs(node))
         return Mixing("reduction", x, frozenset(range(len(shape_of(x)))), (None,) * len(shape_of(x)))
@@ -148,7 +149,8 @@ _MOVES = names(
     view reshape permute transpose t numpy_T mT mH adjoint unsqueeze squeeze expand expand_as view_as slice select
     split split_with_sizes chunk unbind flatten unflatten movedim narrow diagonal slice_scatter select_scatter copy
     constant_pad_nd pad reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
-    replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d pixel_shuffle pixel_unshuffle
+    replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+    _upsample_nearest_exact2d _upsample_nearest_exact3d pixel_shuffle pixel_unshuffle
     channel_shuffle flip fliplr flipud rot90 roll repeat tile cat stack unfold unfold_copy im2col
     """
 )
@@ -157,9 +159,11 @@ MOVEMENTS: dict[str, OpRule] = {
     **dict.fromkeys(_MOVES, move),
     **dict.fromkeys(("index", "index_put"), _index),
     **dict.fromkeys(("gather", "index_select"), _choose),
-    **dict.fromkeys(("index_copy", "index_add", "scatter", "scatter_add"), _write),
+    **dict.fromkeys(("index_copy", "index_add", "index_reduce", "scatter", "scatter_add", "scatter_reduce"), _write),
     "repeat_interleave": _repeat,
-    **dict.fromkeys(("topk", "sort", "max", "min", "argsort", "argmax", "argmin", "kthvalue", "median"), _ranking),
+    **dict.fromkeys(
+        ("topk", "sort", "max", "min", "argsort", "argmax", "argmin", "kthvalue", "median", "nanmedian"), _ranking
+    ),
     "glu": _glu,
     **dict.fromkeys(("view_as_complex", "view_as_real"), _complex),
 }

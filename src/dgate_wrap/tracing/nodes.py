@@ -71,10 +71,12 @@ def argument_names(node: Node) -> list[str]:
 
 
 def is_random(node: Node) -> bool:
-    """Tell whether a node draws random numbers; dropout does where it was traced in training, that of attention too."""
+    """Tell whether a node draws random numbers; dropout, say, where it was traced in training."""
     name = op_name(node)
-    idle = (name.endswith("dropout") and not argument(node, 2, "train", True)) or (
-        name == "scaled_dot_product_attention" and not argument(node, 4, "dropout_p", 0.0)
+    idle = (
+        (name.endswith("dropout") and not argument(node, 2, "train", True))
+        or (name == "rrelu" and not argument(node, 3, "training", False))
+        or (name == "scaled_dot_product_attention" and not argument(node, 4, "dropout_p", 0.0))
     )
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", []) and not idle
 

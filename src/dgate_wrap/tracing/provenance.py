@@ -167,7 +167,7 @@ class Provenance:
                 for n in family.operands:
                     out = self.meet(out, of(n))
                 return out
-            case Mixing():
+            case Mixing(where=()):
                 out = self.meet_over(of(family.x), sorted(family.mixed))
                 gone = [a for a, place in enumerate(family.out_axis) if place is None]
                 out = out.squeeze(gone) if gone else out
