@@ -268,6 +268,23 @@ def counted(s: Net, x: Tensor) -> Tensor:
     return s.b(s.a(x).repeat_interleave(counts.repeat(2)[:3], dim=0)) if len(counts) else x
 
 
+def distinct(s: Net, x: Tensor) -> Tensor:
+    kinds, which, counts = (x[:, 0] > 0).long().unique(return_inverse=True, return_counts=True)
+    runs, within, lengths = torch.unique_consecutive((x > 0).long(), return_inverse=True, return_counts=True)
+    mean = x.new_zeros(len(kinds), 6).index_add(0, which, s.a(x)) / counts[:, None]
+    return s.b(mean)[which] + kinds.sum() + runs[within].float().mean(1, keepdim=True) * lengths[0]
+
+
+def crops(s: Net, x: Tensor) -> Tensor:
+    parts = [x, x, x[:1]]
+    ends = torch.cumsum(torch.unique_consecutive(torch.tensor([len(p) for p in parts]), return_counts=True)[1], 0)
+    start, out = 0, []
+    for end in ends:
+        out.append(s.a(torch.cat(parts[start:end])))
+        start = end
+    return s.b(torch.cat(out))
+
+
 class Peeking(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -296,6 +313,7 @@ FOLLOWED: dict[str, tuple[Callable[..., Any], set[str], bool]] = {
     "writes in place": (writing, {BRANCH}, True),
     "masks": (masked, {SHAPE}, True),
     "counts": (counted, {SHAPE}, True),
+    "distinct numbers": (distinct, {SHAPE}, True),
     "function": (lambda s, x: s.b(Peeking.apply(s.a(x))), {BRANCH}, True),
     "whole operations": (whole, {BRANCH}, True),
 }
@@ -318,6 +336,13 @@ def test_a_model_that_looks_at_values_is_followed_and_says_so(case: str) -> None
     assert all(line.startswith("test_capture.py:") for line in lines)
     mutable = [n for n in trace.nodes if getattr(getattr(n.target, "_schema", None), "is_mutable", False)]
     assert mutable == []
+
+
+def test_sizes_that_are_counted_are_no_values_of_the_inputs() -> None:
+    model, x = Net(crops), example()
+    trace = capture(model, x)  # warnings are errors
+    assert trace.notes == ()
+    assert_follows(trace, model, x, perturbed=True)
 
 
 def test_operations_of_a_recorded_run_stay_whole() -> None:

@@ -60,6 +60,28 @@ def test_indices_out_of_bounds_are_refused_and_not_more(
         torch.testing.assert_close(loaded(tokens, kinds), model(tokens, kinds))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("grouping", ["filters", "channels", "input_features"])
+def test_any_default_dtype_will_do(dtype: torch.dtype, grouping: str) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Sigmoid(), nn.Conv2d(8, 4, 3))
+        x = torch.randn(2, 3, 8, 8)
+        model = dg.gate(model, grouping, example_inputs=x).eval()
+        with torch.no_grad():
+            for gates in dict.fromkeys(t.gates for t in dg.gates.gated_tensors(model)):
+                gates.gamma[1:] *= torch.arange(1, len(gates.gamma)).remainder(2).view(-1, 1)
+        exported = dg.export(model, x, latency=False)
+    finally:
+        torch.set_default_dtype(before)
+    assert exported.report.removed
+    assert {p.dtype for p in exported.model.parameters()} == {dtype}
+    with torch.no_grad():
+        torch.testing.assert_close(exported.model(x), model(x), rtol=0.05, atol=0.05)
+
+
 def test_what_the_reference_on_the_cpu_refuses_is_run_nowhere_else() -> None:
     class Refuses(Positions):
         def forward(self, tokens: Tensor, kinds: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from networks import PROGRAMS, RandomNetwork, randomize
 from torch import Tensor, nn
 
 import dgate_wrap as dg
+from dgate_wrap.export.verify import relative_error
 
 
 @torch.no_grad()
@@ -537,6 +538,58 @@ def test_an_operation_without_a_rule_holds_back_what_meets_it_and_is_named() -> 
     [kept] = result.report.kept
     assert "aten.sort" in kept.reason
     assert "test_export.py" in kept.reason
+
+
+@pytest.mark.parametrize("features", [2, 3, 4])
+def test_few_features_go_beside_tensors_of_their_size(features: int) -> None:
+    class Normalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.rand(1, features, 1, 1))
+            self.conv, self.head = nn.Conv2d(features, 5, 3), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.conv(x - self.mean)).relu().mean((2, 3)))
+
+    x = torch.randn(2, features, 6, 6)
+    model = dg.gate(Normalized(), "input_features", example_inputs=x)
+    zero_groups(model, "conv.weight", [0])
+    result = dg.export(model, x)
+    assert result.report.removed == 1
+    assert result.model.conv.weight.shape[1] == features - 1
+    assert_equal(model, result.model, torch.randn(3, features, 7, 6), 1e-5)
+
+
+def test_features_that_a_product_of_parameters_reads_are_gated_in_both_and_go() -> None:
+    class Splines(nn.Module):
+        """As efficient Kolmogorov-Arnold layers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.curves, self.scale = nn.Parameter(torch.randn(8, 5, 4)), nn.Parameter(torch.rand(8, 5))
+            self.base, self.gain = nn.Parameter(torch.randn(8, 5)), nn.Parameter(torch.rand(8, 1, 1))
+            self.register_buffer("knots", torch.linspace(-1, 1, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            basis = torch.exp(-((x[..., None] - self.knots) ** 2)).flatten(1)
+            weight = self.curves * self.scale.unsqueeze(-1) * self.gain
+            return F.linear(basis, weight.view(8, -1)) + F.linear(F.silu(x), self.base)
+
+    x = torch.rand(4, 5)
+    model = dg.gate(Splines(), "input_features", example_inputs=x)
+    assert {t.name for t in dg.gates.gated_tensors(model)} == {"curves", "scale", "base"}
+    zero_groups(model, "base", [0, 3])
+    result = dg.export(model, x)
+    assert result.report.removed == 2
+    assert sum(p.numel() for p in result.model.parameters()) == 3 * (8 * 4 + 8 + 8) + 8
+    assert_equal(model, result.model, torch.randn(3, 5), 1e-5)
+
+
+def test_complex_outputs_are_compared_in_both_parts() -> None:
+    a = torch.randn(3, 4, dtype=torch.complex64)
+    assert relative_error([a], [a.clone()]) == 0
+    assert relative_error([a], [a + 0.1j]) > 0.01
+    assert relative_error([a], [a.real]) == float("inf")
 
 
 def test_the_given_model_stays_gated_trainable_and_as_it_was() -> None:

@@ -192,6 +192,31 @@ class Growing(nn.Module):
         return self.down(self.up(x + self.table[: x.shape[1]]).sigmoid())
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_numbers_are_saved_as_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Conv1d(2, 6, 1), nn.Conv1d(6, 2, 1)
+            self.mix = nn.Parameter(torch.randn(2, 2, 5, dtype=dtype))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.down(self.up(x).relu())
+            spectrum = torch.einsum("bif,iof->bof", torch.fft.rfft(y.to(self.mix.real.dtype)), self.mix)
+            return torch.fft.irfft(spectrum, n=x.shape[-1])
+
+    model = dg.gate(Spectral(), "filters", include="up.*")
+    with torch.no_grad():
+        next(iter(dg.gates.gated_tensors(model))).gates.gamma[::2] = 0
+    x = torch.randn(3, 2, 8)
+    exported = dg.export(model, x, latency=False)
+    loaded = dg.load(dg.save(exported, tmp_path), Spectral())
+    assert loaded.mix.dtype == dtype
+    assert loaded.up.weight.shape[0] == 3
+    with torch.no_grad():
+        assert torch.equal(loaded(x), exported.model(x))
+
+
 def test_tables_that_grow_with_the_inputs_are_saved_and_expanded_as_they_are(tmp_path: Path) -> None:
     model, x = dg.gate(Growing(), "neurons", exclude="down.*").eval(), torch.randn(2, 4, 3)
     dg.prune(model, ratio=0.5)

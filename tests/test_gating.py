@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracles import all_gates, randomize_gates
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from zoo import ZOO, Recurrent, Tied, Twice, named, outputs
 
 import dgate_wrap as dg
@@ -456,6 +457,24 @@ def test_other_parametrizations_are_left_alone() -> None:
     dg.ungate(model)
     assert torch.equal(model(x), before)
     assert list(model.state_dict()) == keys
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("wrap", ["weight_norm", "spectral_norm", "prune"])
+@pytest.mark.parametrize("grouping", ["neurons", "in_channels"])
+def test_weights_that_hooks_compute_are_left_alone(wrap: str, grouping: str) -> None:
+    def make(x: nn.Module) -> nn.Module:
+        if wrap == "prune":
+            return prune.l1_unstructured(x, "weight", amount=0.5)
+        return getattr(nn.utils, wrap)(x)
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), make(nn.Linear(6, 2)))
+    with pytest.raises(dg.GateError, match=r"'2.weight' has another parametrization"):
+        dg.gate(model, grouping)
+    gated = dg.gate(model, grouping, exclude="2.*")
+    assert {t.name for t in dg.gates.gated_tensors(gated)} == {"0.weight"}
+    dg.ungate(gated)
+    assert len(dg.groups(dg.gate(model, dg.Select(grouping) - "2.*"))) == (6 if grouping == "neurons" else 4)
 
 
 def test_every_model_of_the_zoo_trains_while_gated() -> None:

@@ -554,6 +554,49 @@ class Detector(nn.Module):
         return self.down(self.up(found).relu())
 
 
+class PlusOne(nn.Module):
+    """A norm with a gain of one plus its weight, which no weight can make up for, in float32 (Gemma, Qwen 3.5)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return (y * (1 + self.weight.float())).type_as(x)
+
+
+class Wave(nn.Module):
+    """A residual branch that is computed in float32 and makes more of its rounding."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = PlusOne(width), nn.Linear(width, 48, False), nn.Linear(48, width, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        waves = (6 * F.linear(self.norm(x).float(), self.up.weight.float())).sin()
+        return x + self.down(waves.type_as(x))
+
+
+def test_norms_are_written_anew_behind_code_that_rounds_to_float32() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 32), Wave(32), Wave(32), PlusOne(32), nn.Linear(32, 50, False))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    tokens = torch.randint(50, (2, 7))
+    gated = dg.gate(model, "embedding_dims", example_inputs=tokens)
+    with torch.no_grad():
+        for gates in dict.fromkeys(t.gates for t in dg.gates.gated_tensors(gated)):
+            gates.gamma[::3] = 0
+    exported = dg.export(gated, tokens, latency=False)
+    assert exported.report.removed == exported.report.pruning.dead == 11
+    assert exported.report.rewritten == ["1.norm", "2.norm", "3"]
+    with torch.no_grad():
+        torch.testing.assert_close(exported.model(tokens.flip(1)), gated(tokens.flip(1)), rtol=0, atol=1e-3)
+
+
 def test_queries_beside_attention_to_nothing_stay_trainable() -> None:
     torch.manual_seed(0)
     model, x = Detector().double().eval(), torch.randn(2, 5, 8).double()

@@ -211,6 +211,18 @@ def parametrizations_of(host: nn.Module) -> dict[str, Any]:
     return dict(cast(Any, host).parametrizations.items()) if parametrize.is_parametrized(host) else {}
 
 
+def computed_weights(host: nn.Module) -> list[str]:
+    """Return the names of a module's weights that others are computed into.
+
+    By parametrizations, or by hooks before each forward: the old ``weight_norm`` and ``spectral_norm``, and
+    ``torch.nn.utils.prune``.
+    """
+    hooked = [
+        n for n, t in vars(host).items() if isinstance(t, Tensor) and {f"{n}_v", f"{n}_orig"} & {*host._parameters}
+    ]
+    return [*parametrizations_of(host), *hooked]
+
+
 @torch.no_grad()
 def balance_members(members: Sequence[GatedTensor], *, keep_zero_groups: bool) -> None:
     """Give all factors of each group the same norm, without changing their product."""

@@ -16,6 +16,7 @@ from .gates import (
     Gates,
     balance_members,
     by_gates,
+    computed_weights,
     gated_tensors,
     parametrizations_of,
     require_gated,
@@ -286,16 +287,17 @@ def _check_parameters(model: nn.Module, names: set[str]) -> None:
             "cannot gate: " + "; ".join(dict.fromkeys(bad)) + ".",
             expected="plain floating-point parameters that carry no other parametrization",
             mend="exclude them, use a grouping that reads the trace (it gates what they are computed from), call "
-            "torch.nn.utils.parametrize.remove_parametrizations first, or gate before sharding",
+            "torch.nn.utils.parametrize.remove_parametrizations first (remove_weight_norm, remove_spectral_norm or "
+            "prune.remove for the older ones), or gate before sharding",
         )
 
 
 def _parametrized(model: nn.Module) -> set[str]:
-    """Return the names of weights that another parametrization computes; what it computes from can be gated."""
+    """Return the names of weights that others are computed into, of which a trace tells more."""
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, host in model.named_modules()
-        for name in parametrizations_of(host)
+        for name in computed_weights(host)
     }
 
 

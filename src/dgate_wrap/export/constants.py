@@ -283,7 +283,7 @@ class Constants:
             axis = v_axes.index(summed[0])
             same = self.steady(v, axis)
             if same.any() and sums_to_one(p, p_axes.index(summed[0]), self.families):
-                ones = torch.ones(shape_of(p))
+                ones = torch.ones(shape_of(p), dtype=torch.float32)
                 held = torch.einsum(f"{p_axes},{v_axes}->{family.out_axes}", ones, same.expand(shape_of(v)).float())
                 out = out | (held == shape_of(v)[axis])
         return out
@@ -397,7 +397,10 @@ _BILINEAR = "...i,oij,...j->...o"
 
 
 def _range(value: Tensor, axes: list[int], *, keepdim: bool = True) -> tuple[Tensor, Tensor]:
-    """Return the smallest and the largest values along some axes, in float64."""
+    """Return the smallest and the largest values along some axes, in float64; complex numbers may be any of a size."""
+    if value.is_complex():
+        most = _range(value.abs(), axes, keepdim=keepdim)[1]
+        return -most, most
     if value.dtype not in (torch.float32, torch.float64):
         value = value.double()  # torch knows no least of unsigned and narrow numbers
     low, high = (value.amin(axes, keepdim), value.amax(axes, keepdim)) if axes else (value, value)

@@ -24,6 +24,9 @@ from .cuts import Cut, cut_axes
 from .recipes import bind, plain_signature
 from .widths import Widths
 
+APART = 1e-5
+"""How far values may lie apart, relative to the largest, in a model of float64 of which parts run in float32."""
+
 _MASKING = 1e4
 """Larger numbers are those that mask others."""
 
@@ -289,13 +292,16 @@ def with_code(model: nn.Module, path: str) -> str:
     return path.rpartition(".")[0] if path and stock else path
 
 
-def same_value(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors are the same but for rounding: torch has faster ways to run some layers in eval mode."""
+def same_value(a: Tensor, b: Tensor, least: float = 0.0) -> bool:
+    """Tell whether two tensors are the same but for rounding: torch has faster ways to run some layers in eval mode.
+
+    ``least`` is the least relative difference that counts.
+    """
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.is_floating_point() or torch.equal(a, b):
         return torch.equal(a, b)
-    bound = rounding(a) * float(a.abs().max()) if a.numel() else 0.0
+    bound = max(rounding(a), least) * float(a.abs().max()) if a.numel() else 0.0
     first = [x.flatten()[:64] for x in (a, b)]  # most others differ here
     return all(bool(((x - y).abs() <= bound).all()) for x, y in (first, (a, b)))
 
@@ -312,6 +318,11 @@ def _largest(tree: Any) -> float:
     return max((float(x[x < _MASKING].amax()) for x in floats if bool((x < _MASKING).any())), default=0.0)
 
 
+def _tolerance(x: Tensor) -> float:
+    """Return how far values may lie apart, relative to the largest."""
+    return APART if x.dtype == torch.float64 else 1e-4 if x.dtype == torch.float32 else 5e-2
+
+
 def _same(x: Tensor, idle: Tensor, y: Tensor, bounds: tuple[float, float], largest: float) -> bool:
     if x.shape != y.shape:
         return False
@@ -319,8 +330,7 @@ def _same(x: Tensor, idle: Tensor, y: Tensor, bounds: tuple[float, float], large
         return torch.equal(x, y)
     finite = x[x.isfinite()]  # of masks
     scale = float(finite.abs().max()) if finite.numel() else 0.0
-    usual = 1e-6 if x.dtype == torch.float64 else 1e-4 if x.dtype == torch.float32 else 5e-2
-    tolerance = min(max(usual, bounds[0]), bounds[1])
+    tolerance = min(max(_tolerance(x), bounds[0]), bounds[1])
     bound = tolerance * scale + 16 * torch.finfo(x.dtype).eps * largest + 1e-30  # what rounding leaves of zero
     same = (x == y) | ((x - y).abs() <= bound)
     return bool((same | idle).all())
@@ -391,7 +401,8 @@ class Expected:
         return self._kept[key]
 
     def _cut(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        nodes = [n for n in self._nodes.get((tuple(x.shape), x.dtype), []) if same_value(self.values[n], x)]
+        alike = self._nodes.get((tuple(x.shape), x.dtype), [])
+        nodes = [n for n in alike if same_value(self.values[n], x, APART)]
         cuts = [(n, Cut((), cut_axes(self.widths.keep[n]))) for n in nodes]
         return [(cut.apply(self.values[n]), cut.apply(self._idle(n))) for n, cut in cuts]
 

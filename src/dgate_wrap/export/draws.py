@@ -48,7 +48,8 @@ def resizings(example: Inputs, dynamic: str = "all") -> Iterator[list[tuple[str,
         places = {n: [at for at in found if at[1] == 0] for n, found in places.items() if n == batch}
     for size in sorted(places, key=lambda n: n != batch):  # the batch first
         more = size + 1 if size > 1 else _LONGER + 1  # what is broadcast may be 2 for each of two heads, by chance
-        for new in dict.fromkeys([more, 1 if size == batch else max(1, size // 2)]):
+        less = 1 if size == batch else max(min(size, 2), size // 2)
+        for new in dict.fromkeys([more, less]):
             if new != size:
                 yield _ways(places[size], size, new)
         later = [(i, axis) for i, axis in places[size] if axis > 0]
@@ -60,6 +61,8 @@ def _ways(places: list[tuple[int, int]], size: int, new: int) -> list[tuple[str,
     positions = sorted({axis for _, axis in places})
     ways = [[p for p in places if p[1] == axis] for axis in positions]
     ways += [places] * (len(ways) > 1)
+    if new == 1:  # a batch of one; elsewhere, one would be broadcast in place of several
+        ways = [w for w in ways if any(axis == 0 for _, axis in w) and len({i for i, _ in w}) == len(w)]
     return [(in_words(way, size, new), dict.fromkeys(way, new)) for way in ways]
 
 

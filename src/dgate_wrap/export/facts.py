@@ -354,7 +354,7 @@ class Facts(Constants):
 def _reached(family: Contraction, shape: list[int], weight: Tensor, live: Tensor) -> Tensor:
     """Mark the elements of a contraction's operand that live results read through a weight."""
     with torch.enable_grad():
-        x = torch.zeros(shape, requires_grad=True)
+        x = torch.zeros(shape, dtype=torch.float32, requires_grad=True)
         out = family.apply(x, weight)
     [reached] = torch.autograd.grad(out, x, live.float())
     return reached > 0.5

@@ -59,6 +59,8 @@ def save(exported: Exported, folder: str | os.PathLike[str]) -> Path:
     added = buffers(exported.plan.inputs) | {f"{p}._kept" if p else "_kept" for p in exported.plan.scatters}
     state = {n: t for n, t in _state(exported.model).items() if n not in added}
     weights = {n: t.detach().cpu().contiguous().clone() for n, t in state.items()}
+    pairs = [n for n, t in weights.items() if t.dtype == torch.complex128]  # which safetensors cannot hold
+    weights |= {n: torch.view_as_real(weights[n]) for n in pairs}
     plan: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "torch_version": str(torch.__version__),
@@ -71,6 +73,7 @@ def save(exported: Exported, folder: str | os.PathLike[str]) -> Path:
         "select_inputs": exported.plan.select_inputs,
         "scatters": {p: asdict(s) for p, s in exported.plan.scatters.items()},
         "recipes": {p: asdict(r) for p, r in exported.plan.recipes.items()},
+        "pairs": pairs,
         "certificate": asdict(exported.report.certificate),
     }
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -185,7 +188,8 @@ def _read_weights(folder: Path, plan: dict[str, Any]) -> dict[str, Tensor]:
             f"{path} is truncated, edited or of another export: its checksum differs.", "the weights of this plan"
         )
     try:
-        return load_file(path)
+        weights = load_file(path)
+        return weights | {n: torch.view_as_complex(weights[n]) for n in plan.get("pairs", ())}
     except SafetensorError as e:
         raise _bad(f"{path} is no safetensors file ({e}).", "weights that dg.save wrote") from None
 

@@ -15,7 +15,7 @@ from ..tracing import Inputs
 from ..tracing.capture import all_tensors
 from ..tracing.origins import owners
 from ..tracing.symbolic import Symbolic, capture_part
-from .culprits import Call, same_value
+from .culprits import APART, Call, same_value
 from .dead import Branch
 from .plan import Draft, Permissions, Plan
 from .recipes import (
@@ -241,7 +241,8 @@ class Grafts:
 
     def _given(self, x: Tensor, read: set[Node], own: Collection[str], twins: Mapping[Node, Node]) -> list[Node]:
         """Return the nodes that a module reads from outside and that have the value of an argument."""
-        same = [n for n, twin in twins.items() if self._may_be_given(twin, own) and self._has(twin, x)]
+        nodes = [n for n, twin in twins.items() if self._may_be_given(twin, own)]
+        same = self._alike(x, nodes, twins)
         return [n for n in same if n in read] or same[:1]
 
     def _may_be_given(self, twin: Node, own: Collection[str]) -> bool:
@@ -250,11 +251,16 @@ class Grafts:
         return source is None or source.kind == "input" or (source.kind != "constant" and source.name not in own)
 
     def _returned(self, x: Tensor, candidates: list[Node], twins: Mapping[Node, Node]) -> Node | None:
-        return next((n for n in candidates if n in twins and self._has(twins[n], x)), None)
+        return next(iter(self._alike(x, [n for n in candidates if n in twins], twins)), None)
 
-    def _has(self, twin: Node, x: Tensor) -> bool:
-        value = self.facts.values.get(twin)
-        return isinstance(value, Tensor) and same_value(value, x)
+    def _alike(self, x: Tensor, nodes: list[Node], twins: Mapping[Node, Node]) -> list[Node]:
+        """Return the nodes that have the value of a tensor, or else those that come close."""
+
+        def has(node: Node, apart: float) -> bool:
+            value = self.facts.values.get(twins[node])
+            return isinstance(value, Tensor) and same_value(value, x, apart)
+
+        return [n for n in nodes if has(n, 0.0)] or [n for n in nodes if has(n, APART)]
 
     def _names(self, path: str) -> dict[str, str]:
         """Return the names of tensors and layers of the whole model as a module sees them."""

@@ -56,7 +56,7 @@ def on_axis(vector: Tensor, axis: int, ndim: int) -> Tensor:
 
 def taps(box: list[Tensor]) -> Tensor:
     """Return the kernel of one channel with ones where the kernels of a weight are not zero."""
-    out = torch.ones(1, 1, *[1] * (len(box) - 2))
+    out = torch.ones(1, 1, *[1] * (len(box) - 2), dtype=torch.float32)  # of masks, whatever torch's default is
     for axis in range(2, len(box)):
         out = out * on_axis(box[axis], axis, len(box))
     return out

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ..errors import TraceError
 from ..tracing import Inputs
 from ..tracing.symbolic import Symbolic, capture_symbolic
-from .culprits import Call, calls_in_training, same_value
+from .culprits import APART, Call, calls_in_training, same_value
 from .facts import Facts
 from .verify import to_double
 
@@ -73,4 +73,4 @@ class Subject:
         leaves = [x for c in calls for x in pytree.tree_leaves(c.arguments)]
         given = [x for x in leaves if isinstance(x, Tensor)]
         values = {n: v for n in self.facts.varying if isinstance(v := self.facts.values.get(n), Tensor)}
-        return {n for n, v in values.items() if any(same_value(v, x) for x in given)}
+        return {n for n, v in values.items() if any(same_value(v, x, APART) for x in given)}

@@ -45,10 +45,13 @@ class Terms:
         (x, own), (weight, others) = sorted(family.operands, key=lambda o: o[0] not in facts.varying)
         alone = [i for i, c in enumerate(own) if c not in others]
         constant = facts.nonzero_constant(x)
-        values = facts.values[x].double().masked_fill(~constant, 0)
+        given = facts.values[x]
+        values = (given.abs() if given.is_complex() else given).double().masked_fill(~constant, 0)
         low, high = (values.amin(alone), values.amax(alone)) if alone else (values, values)
         steady = ~any_of(facts.unknown[x], alone)
-        steady = steady & (high - low <= rounding(facts.values[x]) * torch.maximum(high.abs(), low.abs()))
+        steady = steady & (high - low <= rounding(given) * torch.maximum(high.abs(), low.abs()))
+        if facts.values[weight].is_complex() or given.is_complex():
+            steady = steady & (high == 0)
         letters = "".join(c for c in own if c in others)
         summed = {c: i for i, c in enumerate(own) if c not in family.out_axes}
         return cls(x, weight, letters, others, summed, (low + high) / 2, any_of(constant, alone), steady)

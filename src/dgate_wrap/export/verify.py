@@ -79,6 +79,7 @@ def relative_error(reference: list[Any], other: list[Any], *, any_dtype: bool = 
     """
     if len(reference) != len(other):
         return float("inf")
+    reference, other = ([_as_real(x) for x in leaves] for leaves in (reference, other))
     worst, floor = 0.0, 1e-30
     for a in reference:
         if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
@@ -96,6 +97,11 @@ def relative_error(reference: list[Any], other: list[Any], *, any_dtype: bool = 
             error = float((a - b).abs().max() / a.abs().max().clamp_min(least))
             worst = max(worst, error if error == error else float("inf"))
     return worst
+
+
+def _as_real(leaf: Any) -> Any:
+    """Return the two parts of complex numbers, and anything else as it is."""
+    return torch.view_as_real(leaf.resolve_conj()) if isinstance(leaf, Tensor) and leaf.is_complex() else leaf
 
 
 def _same_values(a: Tensor, b: Tensor) -> bool:

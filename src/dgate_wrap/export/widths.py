@@ -215,7 +215,8 @@ class Widths(Vectors):
         said = self.says(node, "it is a constant that differs from position to position")
         if bool((fold & uneven).any()) and maps == (self.facts.families[node],):
             strength, at, alike = self._proportions(maps[0], constants & uneven)
-            carried = maps[0].groups == 1 and self.allowed.can_carry(node) and not bool((fold & ~uneven).any())
+            real = not self.facts.values[x].is_complex()
+            carried = real and maps[0].groups == 1 and self.allowed.can_carry(node) and not bool((fold & ~uneven).any())
             if carried and bool((fold & alike).any()):
                 self.grow(x, axis, fold & ~alike, said)
                 self._carry(maps[0], node, torch.where(fold & alike, strength, 0.0), alike, strength, at)
@@ -249,6 +250,8 @@ class Widths(Vectors):
         if bool((lost & ~terms.steady).any()):
             said = self.says(node, "it is a constant that differs from position to position")
             self._keep_terms(terms, lost & ~terms.steady, said)
+            return
+        if not is_any(lost):
             return
         left = [self.keep[node][family.out_axes.index(c)] for c in terms.left]
         total = terms.total(self.facts.values[terms.weight].double(), lost, left)

@@ -8,9 +8,9 @@ from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..errors import GroupingError, UnknownGroupingError
+from ..gates import computed_weights
 from ..labels import Labels, check
 
 
@@ -123,15 +123,13 @@ def lookup(name: str) -> Grouping:
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, Any]:
-    """Return the shape of every parameter under each of its names; of a parametrized one also under its plain name.
+    """Return the shape of every parameter under each of its names; of a computed one also under its plain name.
 
     So a model that is gated in one part can be gated in another, and labels of a parametrized weight are recognized.
     """
     shapes = {n: p.shape for n, p in model.named_parameters(remove_duplicate=False)}
     for prefix, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            names = cast("dict[str, Any]", module.parametrizations)
-            shapes |= {f"{prefix}.{n}" if prefix else n: getattr(module, n).shape for n in names}
+        shapes |= {f"{prefix}.{n}" if prefix else n: getattr(module, n).shape for n in computed_weights(module)}
     return shapes
 
 

@@ -382,6 +382,31 @@ def _bincount(recorder: _Recorder, func: Any, x: Tensor, weights: Tensor | None 
     return torch.zeros(size, dtype=ones.dtype, device=x.device).scatter_add(0, x.long(), ones)
 
 
+def _runs(recorder: _Recorder, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the value of every run of equal numbers, the run that each number is in, and how long every run is."""
+    new = torch.cat([torch.ones_like(flat[:1], dtype=torch.bool), flat[1:] != flat[:-1]])
+    first = _nonzero(recorder, None, new).squeeze(1)
+    which = new.cumsum(0) - 1
+    return flat[first], which, torch.zeros_like(first).scatter_add(0, which, torch.ones_like(which))
+
+
+def _unique(
+    recorder: _Recorder, func: Any, x: Tensor, in_order: bool = True, inverse: bool = False, counts: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    flat, order = x.flatten().sort()
+    values, which, count = _runs(recorder, flat)
+    return values, torch.zeros_like(which).scatter(0, order, which).view(x.shape), count
+
+
+def _unique_runs(
+    recorder: _Recorder, func: Any, x: Tensor, inverse: bool = False, counts: bool = False, dim: int | None = None
+) -> Any:
+    if dim is not None and x.dim() > 1:
+        return NotImplemented
+    values, which, count = _runs(recorder, x.flatten())
+    return values, which.view(x.shape), count
+
+
 def _conjugate(counts: list[int]) -> list[int]:
     """Return how many sequences have each step, of their lengths, the longest first; or these lengths of that."""
     return [sum(n > i for n in counts) for i in range(counts[0])]
@@ -462,6 +487,8 @@ _STATIC: dict[Any, Callable[..., Any]] = {
     aten.index_put_.default: _index,
     aten.bincount.default: _bincount,
     aten.repeat_interleave.Tensor: _repeat_interleave,
+    aten._unique2.default: _unique,
+    aten.unique_consecutive.default: _unique_runs,
     aten._pack_padded_sequence.default: _pack,
     aten._pad_packed_sequence.default: _pad,
     **dict.fromkeys((aten.lstm.data, aten.gru.data, aten.rnn_tanh.data, aten.rnn_relu.data), _packed_recurrence),

@@ -75,7 +75,7 @@ class Weights(Words):
     def _read(self, node: Node, weight: Node, labels: Tensor) -> None:
         """Record which label each input column reads; uses of the same weight share their columns."""
         self._share((weight, "read", *(a for a in range(labels.dim()) if labels.shape[a] > 1)), labels)
-        for name, found in self._scattered(weight, labels) or []:
+        for name, found in self._scattered(weight, labels, products=True) or []:
             self.structure.readers.append(Reader(name, found, self.order[node]))
 
     def _produce(self, node: Node, weight: Node, labels: Tensor, role: Role, key: tuple[Any, ...]) -> int:
@@ -123,8 +123,11 @@ class Weights(Words):
                 self.structure.slots[i] = Slot(s.name, torch.where(touched, s.labels, -1), "row")
         return True
 
-    def _scattered(self, node: Node, labels: Tensor) -> list[tuple[str, Tensor]] | None:
-        """Carry labels of a weight back to the parameters that it was moved from; ``None`` if it is no such weight."""
+    def _scattered(self, node: Node, labels: Tensor, *, products: bool = False) -> list[tuple[str, Tensor]] | None:
+        """Carry labels of a weight back to the parameters that it was moved from; ``None`` if it is no such weight.
+
+        With ``products``, also to those that it is a product of, each of which may be zero for all.
+        """
         source = self.trace.sources.get(node)
         if source is not None:
             return [(source.name, labels)] if source.kind == "parameter" else None
@@ -132,13 +135,29 @@ class Weights(Words):
         if isinstance(family, Pick):
             family = self.families.get(family.source)
         if isinstance(family, Pointwise) and op_name(node) in COPIES:
-            return self._scattered(family.operands[0], labels)
+            return self._scattered(family.operands[0], labels, products=products)
+        if products and isinstance(family, Pointwise) and family.product and node not in self.varying:
+            return self._factored(family, labels.expand(shape_of(node)))
         if not isinstance(family, Movement) or node in self.varying:
             return None
         index = cast(Pick, self.families[node]).index if isinstance(self.families[node], Pick) else 0
-        return self._scattered_back(family, index, labels.expand(shape_of(node)))
+        return self._scattered_back(family, index, labels.expand(shape_of(node)), products)
 
-    def _scattered_back(self, family: Movement, index: int, labels: Tensor) -> list[tuple[str, Tensor]] | None:
+    def _factored(self, family: Pointwise, labels: Tensor) -> list[tuple[str, Tensor]] | None:
+        """Carry labels of a product back to the factors along whose axes they differ."""
+        out: list[tuple[str, Tensor]] = []
+        for n in family.operands:
+            shape = shape_of(n)
+            full = (1,) * (labels.dim() - len(shape)) + shape
+            repeated = [a for a, size in enumerate(full) if size == 1]
+            if not any(self._varies(labels, a) for a in repeated):
+                one = labels[tuple(slice(1) if a in repeated else slice(None) for a in range(labels.dim()))]
+                out.extend(self._scattered(n, one.reshape(shape), products=True) or [])
+        return out or None
+
+    def _scattered_back(
+        self, family: Movement, index: int, labels: Tensor, products: bool
+    ) -> list[tuple[str, Tensor]] | None:
         sizes = [torch.Size(shape_of(n)).numel() for n in family.inputs]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         places = source_indices(family)[index]
@@ -148,7 +167,7 @@ class Weights(Words):
             found = torch.full((size,), -1)
             found[places[inside] - start] = labels[inside]
             self.structure.unite(found[places[inside] - start], labels[inside])
-            inner = self._scattered(n, compact(found.view(shape_of(n))))
+            inner = self._scattered(n, compact(found.view(shape_of(n))), products=products)
             if inner is None:
                 return None
             out.extend(inner)
