@@ -415,6 +415,11 @@ class RootMeanSquare(nn.Module):
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
+def _without_negative(x: Tensor) -> Tensor:
+    x[x < 0] = 0
+    return x
+
+
 def _geglu(x: Tensor) -> Tensor:
     value, gate = x.chunk(2, -1)
     return value * F.gelu(gate)
@@ -459,6 +464,7 @@ GATES = [
     _rows("maxout", lambda m, x: m.b(m.a(x).view(-1, 6, 2).amax(-1)), two(12, 6), "channels"),
     _rows("square_relu", lambda m, x: m.b(F.relu(m.a(x)).square()), two(), hidden=6),
     _rows("crelu", lambda m, x: m.b(torch.cat([F.relu(m.a(x)), F.relu(-m.a(x))], 1)), two(6, 12), hidden=6),
+    _rows("masked_number", lambda m, x: m.b(_without_negative(m.a(x))), two(), hidden=6),
     _through("prelu", lambda: nn.PReLU(6), hidden=6),
     _through("prelu_shared", nn.PReLU, hidden=6),
     _through("sigmoid", nn.Sigmoid, hidden=6),
@@ -631,6 +637,25 @@ WEIGHTS = [
         hidden=6,
     ),
     _case("weight_norm_old", _old_weight_norm, ROWS, hidden=6),
+    _rows(
+        "baddbmm",
+        lambda m, x: torch.baddbmm(m.c, torch.baddbmm(m.b, x.expand(3, -1, -1), m.w).relu(), m.v),
+        lambda: {
+            "w": torch.randn(3, 4, 6),
+            "b": torch.randn(3, 1, 6),
+            "v": torch.randn(3, 6, 2),
+            "c": torch.randn(3, 1, 2),
+        },
+        hidden=18,
+        input_features=4,
+    ),
+    _rows(
+        "einsum_of_three",
+        lambda m, x: m.out(torch.einsum("bi,io,bo->bo", x, m.w, m.gate(x).sigmoid())),
+        lambda: {"w": torch.randn(4, 6), "gate": Linear(4, 6), "out": Linear(6, 2)},
+        hidden=6,
+        input_features=4,
+    ),
     _case(
         "spectral_norm",
         lambda: nn.Sequential(parametrizations.spectral_norm(Linear(4, 6)), nn.ReLU(), Linear(6, 2)),
@@ -738,6 +763,12 @@ def _einops(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     rearrange = importlib.import_module("einops").rearrange
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=2) for x in (q, k, v))
     return rearrange(attend(q, k, v), "b h n d -> b n (h d)")
+
+
+def _in_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads that are split off and put into the batch (set transformers)."""
+    q, k, v = (torch.cat(x.split(4, 2)) for x in (q, k, v))
+    return torch.cat(attend(q, k, v).split(len(q) // 2), 2)
 
 
 def _linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -928,6 +959,7 @@ def _relative_table(m: nn.Module, x: Tensor) -> Tensor:
 ATTENTION = [
     _attention("attention_by_hand", lambda q, k, v: merge(attend(heads(q), heads(k), heads(v)))),
     _attention("attention_causal", _sdpa),
+    _attention("attention_heads_in_batch", _in_batch),
     _attention("attention_bmm", _bmm),
     _attention("attention_einops", _einops),
     _attention("attention_linear", _linear_attention),

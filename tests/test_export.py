@@ -187,6 +187,54 @@ class Auxiliary(nn.Module):
         return (y, self.aux(middle)) if self.training else y
 
 
+class Noisy(nn.Module):
+    """A layer whose weights are drawn in training, about those of eval mode (noisy and Bayesian networks)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.mean, self.deviation = (
+            nn.Parameter(torch.randn(outputs, inputs)),
+            nn.Parameter(torch.ones(outputs, inputs)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = self.deviation * torch.randn_like(self.deviation) if self.training else 0
+        return F.linear(x, self.mean + noise)
+
+
+def test_weights_that_meet_others_in_training_stay_so_that_the_exported_network_trains() -> None:
+    model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 10), nn.ReLU(), Noisy(10, 3))
+    randomize(model, torch.Generator().manual_seed(4))
+    x = torch.randn(5, 6)
+    dg.gate(model, "hidden", example_inputs=x)
+    zero_groups(model, "0.weight", [0, 1])
+    zero_groups(model, "2.weight", [3])
+    result = dg.export(model, x)
+    assert result.model[0].weight.shape == (18, 6)
+    assert result.model[4].mean.shape == result.model[4].deviation.shape == (3, 10)
+    assert result.report.kept
+    assert_equal(model, result.model, torch.randn(3, 6), 1e-5)
+    result.model.train()(x).sum().backward()
+    assert all(p.grad is not None for p in result.model.parameters())
+
+
+def test_a_forward_that_takes_gradients_is_counted_as_a_whole() -> None:
+    class Score(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(torch.func.grad(lambda z: self.net(z).squeeze(-1)))(x)
+
+    x = torch.randn(5, 3)
+    model = dg.gate(Score(), "neurons", include="net.0.*")
+    zero_groups(model, "net.0.weight", [0])
+    result = dg.export(model, x)
+    assert result.report.before.flops > 0
+    assert_equal(model, result.model, torch.randn(4, 3), 1e-5)
+
+
 def test_what_only_training_reads_stays_so_that_the_exported_network_trains() -> None:
     model = dg.gate(Auxiliary(), dg.Select(names=["first.weight", "second.weight", "third.weight"], axis=0))
     for layer in ("first", "second", "third"):

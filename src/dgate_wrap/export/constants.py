@@ -257,14 +257,13 @@ class Constants:
         a, b = family.a, family.b
         made = f"{family.a_axes},{family.b_axes}->{family.out_axes}"
         some_a, some_b = self.possible(a), self.possible(b)
-        if any(n in self.varying for n in family.inputs if n not in (a, b, family.addend)):
+        if any(n in self.varying for n in family.inputs if n not in (a, b)):
             out = torch.einsum(made, some_a, some_b) > 0  # which parts meet is up to the data
         else:
             out = (torch.einsum(made, self.unknown[a].float(), some_b) > 0) | (
                 torch.einsum(made, some_a, self.unknown[b].float()) > 0
             )
-        out = out & ~self._averaged(family)
-        return out | self.unknown[family.addend] if family.addend is not None else out
+        return out & ~self._averaged(family)
 
     def possible(self, node: Node) -> Tensor:
         """Mark, with ones, the elements that are not known to be zero."""

@@ -317,10 +317,8 @@ def _(family: Product, node: Node, w: Vectors) -> None:
             w.link(n, i, m, j)
         if letter not in family.out_axes and len(found) > 1:
             _keep_constants(w, family, node, letter, full[0])
-    if family.addend is not None:
-        w.broadcast(family.addend, node, None)
     for n in family.inputs:
-        if n not in (a, b, family.addend):
+        if n not in (a, b):
             w.keep_whole(n, NEEDED)
 
 

@@ -198,9 +198,7 @@ class Facts(Constants):
             full = [max(s, m) for s, m in zip(shape_of(n), mask.shape, strict=True)]
             self._mark(n, fit((mask > 0).expand(full), shape_of(n)))
         for n in family.inputs:
-            if n is family.addend:
-                self._mark(n, fit(live, shape_of(n)))
-            elif n not in (family.a, family.b):
+            if n not in (family.a, family.b):
                 self._mark(n, full_mask(self.values[n], True))
 
     @_live.register

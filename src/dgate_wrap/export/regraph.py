@@ -318,8 +318,7 @@ class Writing:
                 kept, takes = (self.r.widths.keep[t][a] for t, a in ((twins[n], axis), (other, other_axis)))
                 if len(kept) == len(takes) and not bool((takes & ~kept).any() or kept.equal(takes)):
                     made = take(self, made, axis, kept, takes.nonzero().flatten())
-        added = isinstance(family, Pointwise) and twins[n] in family.operands
-        if added or (isinstance(family, Product) and twins[n] is family.addend):
+        if isinstance(family, Pointwise) and twins[n] in family.operands:
             last = 0
         elif isinstance(family, Attention) and twins[n] not in (family.query, family.key, family.value):
             last = 1  # along the keys, and not the channels of the result

@@ -18,7 +18,6 @@ from ..tracing import Inputs
 from ..tracing.families import NormedWeight
 from ..tracing.inputs import has_cache
 from ..tracing.symbolic import Symbolic, is_open
-from .caches import MASK, cached_uses, given_caches
 from .certificate import Certificate, Mismatch, Unsteady
 from .copies import share
 from .culprits import (
@@ -40,6 +39,7 @@ from .plan import Draft, Permissions, Plan, make_plan
 from .scatter import partial_rows
 from .selection import is_selectable, reduced
 from .subject import Subject
+from .uses import MASK, cached_uses, given_caches, training_fails
 from .vectors import Allowed, Frozen
 from .verify import Verifier
 from .widths import Widths
@@ -193,6 +193,15 @@ class _Search:
         if not has_cache(self.dense, self.verifier.inputs[0]):
             return None
         return next((path for use, path in self._lost_uses(found).items() if use != MASK), None)
+
+    def _fails_in_training(self, found: Found) -> str | None:
+        """Return the module that fails in train mode, where none of the dense network does; or ``None``."""
+        start, inputs = time.perf_counter(), self.verifier.inputs[0]
+        path = training_fails(found.small, reduced(inputs, found.small, found.plan.taken))
+        if path is not None and training_fails(self.dense, inputs) is not None:
+            path = None
+        self.verifier.checking += time.perf_counter() - start
+        return path
 
     def spare_caches(self) -> bool:
         """Let modules that are given a cache keep their own code from now on; tell whether that is news."""
@@ -403,6 +412,8 @@ class _Search:
             else:
                 if not isinstance(found, Found):
                     path, failure = found[0].path, found[1]
+                elif (path := self._fails_in_training(found)) is not None:
+                    failure = _cannot_train(path)
                 elif rewrite or (path := self._fails_cached(found)) is None:
                     return found
                 else:
@@ -508,6 +519,14 @@ class _Search:
                 break
             draft = better
         return draft, culprit
+
+
+def _cannot_train(path: str) -> ExportError:
+    return ExportError(
+        f"the smaller network cannot be trained any more: {path or 'its forward'} fails in train mode.",
+        expected="code that reads in training what it reads in eval mode, or sizes that follow its weights",
+        mend="gate no weights that meet, in training only, others of their size",
+    )
 
 
 def _cannot_cache(path: str) -> ExportError:

@@ -156,7 +156,7 @@ class _Router:
         if isinstance(family, Pointwise) and family.product and len(family.operands) == 2:
             a, b = family.operands
             return [p for value, weight in ((a, b), (b, a)) for p in self._scaled(node, value, weight)]
-        if isinstance(family, Product) and family.addend is None and {family.a, family.b} <= self.flow.varying:
+        if isinstance(family, Product) and {family.a, family.b} <= self.flow.varying:
             a, b = (family.a, family.a_axes), (family.b, family.b_axes)
             return [p for v, w in ((b, a), (a, b)) for p in self._mixed(node, *v, *w, family.out_axes)]
         return []

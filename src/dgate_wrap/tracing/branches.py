@@ -287,8 +287,7 @@ class _Walk:
             [(family.a, family.a_axes), (family.b, family.b_axes)],
             key=lambda f: self._rank(f[0], {family.a, family.b} - {f[0]}),
         )
-        addend = [] if family.addend is None else self.of(family.addend, need, site)
-        return self._first(functools.partial(walk, n, axes) for n, axes in factors) + addend
+        return self._first(functools.partial(walk, n, axes) for n, axes in factors)
 
     @_rule.register
     def _(self, family: Attention, node: Node, need: Need, site: Node) -> list[_Piece]:

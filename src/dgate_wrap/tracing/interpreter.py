@@ -134,7 +134,9 @@ class Interpreter(Layers):
             return self._set_all(node, flat[0])
         moved = self._moved(family, parts)
         self._set(node, moved[0] if is_tensor(node) else moved)
-        if op_name(node) in ("cat", "stack"):
+        picks = [self.families.get(n) for n in family.inputs]
+        alike = {p.source if isinstance(p, Pick) else None for p in picks}  # heads of one projection, say, may differ
+        if op_name(node) in ("cat", "stack") and (len(alike) > 1 or alike == {None}):
             axis = cast(int, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))
             axis %= len(shape_of(node))
             if op_name(node) == "stack":
@@ -179,7 +181,11 @@ class Interpreter(Layers):
         words = [self._aligned(narrow(self._words(n)), len(shape)) for n in operands]
         real = [(1,) * (len(shape) - len(shape_of(n))) + shape_of(n) for n in operands]
         labels = [label_of(w) for w in words]
-        for i, n in enumerate(operands):
+        wider = [int(label.unique().numel()) for label in labels]
+        for i in sorted(
+            range(len(operands)), key=wider.__getitem__
+        ):  # of two that follow each other, the wider one stays
+            n = operands[i]
             if self._follows(i, labels, real):
                 if self._reads_outer(node, family, i, words):
                     labels[i] = label_of(words[i])
@@ -259,7 +265,7 @@ class Interpreter(Layers):
 
     @_label.register
     def _(self, family: Product, node: Node) -> None:
-        if family.addend is None and (family.a in self.varying) != (family.b in self.varying):
+        if (family.a in self.varying) != (family.b in self.varying):
             if family.a in self.varying:
                 x, w, x_axes, w_axes = family.a, family.b, family.a_axes, family.b_axes
             else:

@@ -69,7 +69,7 @@ def _lowered(given: Graph) -> Graph | None:
     graph.output(graph.graph_copy(given, {}))
     _clean(graph)
     known: dict[str, Graph] = {}
-    for node in [n for n in graph.nodes if _is_composite(n.target) or n.target in PARTS]:
+    for node in [n for n in graph.nodes if _is_composite(n.target)]:
         if _is_idle_cast(node):
             cast(Node, node.args[0]).meta[CAST] = True
         if _may_alias(node.target):
@@ -84,6 +84,8 @@ def _lowered(given: Graph) -> Graph | None:
             return None
         seen.add(node)
     graph.eliminate_dead_code()  # views of what was there before
+    for node in [n for n in graph.nodes if n.target in PARTS and _has_parts(n)]:
+        _replace(node, _parts(node, known))
     _merge_numbers(graph)
     return graph
 
@@ -131,6 +133,14 @@ def _kind(node: Node) -> str:
         return f"%{place}: {x.dtype} {tuple(x.shape)} {x.stride()} {x.device}" if isinstance(x, Tensor) else f"%{x}"
 
     return f"{node.target} {torch.fx.map_arg((node.args, node.kwargs), shown)}"
+
+
+def _has_parts(node: Node) -> bool:
+    """Tell whether an operation is made of others as it is called here."""
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    mode = next(cast(Any, n.meta["val"]).fake_mode for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor))
+    with torch.no_grad(), mode, enable_python_dispatcher():
+        return PARTS[node.target](*args, **kwargs) is not NotImplemented
 
 
 def _parts(node: Node, known: dict[str, Graph]) -> Graph:

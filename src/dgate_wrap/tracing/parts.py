@@ -46,6 +46,62 @@ def _fill_at(x: Tensor, dim: int, index: Tensor, value: float | Tensor) -> Tenso
     return _aten.index_put.default(x, [*[None] * (dim % max(x.dim(), 1)), index], number)
 
 
+def _put(x: Tensor, indices: list[Tensor | None], value: Tensor, accumulate: bool = False) -> Tensor:
+    """Write one number wherever a mask says: ``x[mask] = 0``."""
+    if not is_masked_number(indices, value) or accumulate:
+        return NotImplemented
+    [mask] = indices
+    assert mask is not None
+    return torch.where(mask.bool().view(*mask.shape, *[1] * (x.dim() - mask.dim())), value.reshape(()), x)
+
+
+def is_masked_number(indices: Sequence[Tensor | None], value: Tensor) -> bool:
+    """Tell whether `index_put` writes one number where one mask says, so that no shape depends on the mask."""
+    return len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool and value.numel() == 1
+
+
+def _add_products(x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """Add products of matrices to x: ``baddbmm``."""
+    return _added(x, torch.bmm(a, b), beta, alpha)
+
+
+def _add_sum(x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """Add the sum of products of matrices to x: ``addbmm``."""
+    return _added(x, torch.bmm(a, b).sum(0), beta, alpha)
+
+
+def _added(x: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
+    product = product if alpha == 1 else alpha * product
+    return product if beta == 0 else product + (x if beta == 1 else beta * x)
+
+
+def letters(equation: str, dims: list[int]) -> tuple[list[str], str]:
+    """Return the letters of operands and of the result of an einsum, given how many axes they have, for ``...`` too."""
+    sides = equation.replace(" ", "").split("->")
+    terms = sides[0].split(",")
+    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+    hidden = [n - len(t.replace("...", "")) if "..." in t else 0 for n, t in zip(dims, terms, strict=True)]
+    dots = "".join(spare[: max(hidden)])
+    terms = [t.replace("...", dots[len(dots) - k :]) for t, k in zip(terms, hidden, strict=True)]
+    if len(sides) == 2:
+        return terms, sides[1].replace("...", dots)
+    found = "".join(terms)
+    return terms, dots + "".join(sorted(c for c in set(found) if found.count(c) == 1 and c not in dots))
+
+
+def _einsum(equation: str, operands: list[Tensor], path: Any = None) -> Tensor:
+    """Sum products of more than two tensors, two at a time: ``einsum``."""
+    terms, out = letters(equation, [x.dim() for x in operands])
+    if len(terms) < 3 or any(len(set(t)) < len(t) for t in (*terms, out)):
+        return NotImplemented
+    made, value = terms[0], operands[0]
+    for i, (term, x) in enumerate(zip(terms[1:], operands[1:], strict=True), 2):
+        asked = {*out, *"".join(terms[i:])}
+        both = "".join(c for c in dict.fromkeys(made + term) if c in asked) if i < len(terms) else out
+        value, made = torch.einsum(f"{made},{term}->{both}", value, x), both
+    return value
+
+
 def _extremes(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     axes = list(range(x.dim())) if dim is None else [dim]
     return x.amin(axes, keepdim), x.amax(axes, keepdim)
@@ -76,7 +132,11 @@ PARTS: dict[Any, Callable[..., Any]] = {
     _aten.col2im.default: _fold,
     _aten.index_fill.int_Scalar: _fill_at,
     _aten.index_fill.int_Tensor: _fill_at,
+    _aten.index_put.default: _put,
     _aten.aminmax.default: _extremes,
+    _aten.baddbmm.default: _add_products,
+    _aten.addbmm.default: _add_sum,
+    _aten.einsum.default: _einsum,
     _aten.nansum.default: _sum_of_numbers,
     _aten.masked_scatter.default: _scatter_rows,
 }

@@ -69,7 +69,7 @@ class Products(Weights):
                 kept = self._unite_over(words[s], summed_axes)
                 if family.a not in self.attending:  # the rows of a softmax sum to one: a constant comes out unchanged
                     kept = torch.where((kept >= 0) & (kept % 4 == FIXED), kept + LIVE - FIXED, kept)
-                if own[other] and not family.addend:
+                if own[other]:
                     self._attend_values(node, words[s], axes[s], axes[other], summed)
                 if not along[other]:
                     self.structure.flag("follower", label_of(words[other]), self._says(node, "an outer product"))
@@ -151,4 +151,4 @@ def as_product(family: Contraction, node: Node) -> Product:
     weight = "".join(k if a == family.w_in else "n" for a in range(2))
     out = "".join("n" if c == k else c for c in letters)
     assert family.x_axis == family.out_axis
-    return Product((family.x, family.weight), family.x, family.weight, letters, weight, out, family.bias)
+    return Product((family.x, family.weight), family.x, family.weight, letters, weight, out)

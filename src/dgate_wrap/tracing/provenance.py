@@ -177,7 +177,6 @@ class Provenance:
             case Product():
                 out = self._aligned(of(family.a), family.a_axes, family.out_axes)
                 out = self.meet(out, self._aligned(of(family.b), family.b_axes, family.out_axes))
-                out = out if family.addend is None else self.meet(out, of(family.addend))
                 return out.expand(shape)
             case Lookup():
                 rows = of(family.indices)

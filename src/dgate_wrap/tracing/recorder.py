@@ -31,6 +31,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .parts import is_masked_number
+
 aten = torch.ops.aten
 
 Spot: TypeAlias = tuple[str, int, str]
@@ -360,6 +362,8 @@ def _masked_select(recorder: _Recorder, func: Any, x: Tensor, mask: Tensor) -> T
 
 def _index(recorder: _Recorder, func: Any, x: Tensor, indices: list[Tensor | None], *rest: Any, **options: Any) -> Any:
     if not any(i is not None and i.dtype in _MASKS for i in indices):
+        return NotImplemented
+    if rest and is_masked_number(indices, rest[0]):
         return NotImplemented
     places: list[Tensor | None] = []
     for i in indices:

@@ -13,6 +13,7 @@ from torch.fx import Node
 from .families import Attention, Bilinear, Cell, Contraction, Family, Lookup, Mixing, OpRule, Product, Recurrence
 from .movements import move
 from .nodes import argument, op_name, shape_of, tensor_inputs
+from .parts import letters
 
 
 def _apply_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -50,11 +51,6 @@ def _matmul(node: Node, varying: frozenset[Node]) -> Family | None:
     return Product((a, b), a, b, a_axes, b_axes, out)
 
 
-def _baddbmm(node: Node, varying: frozenset[Node]) -> Family | None:
-    addend, a, b = cast("tuple[Node, Node, Node]", node.args[:3])
-    return Product((addend, a, b), a, b, "amk", "akn", "amn", addend)
-
-
 def _grouped_mm(node: Node, varying: frozenset[Node]) -> Family | None:
     """Rows of x times one of several weights each, by offsets: its rows and columns are shared by all."""
     x, weight = cast("tuple[Node, Node]", node.args[:2])
@@ -63,25 +59,9 @@ def _grouped_mm(node: Node, varying: frozenset[Node]) -> Family | None:
     return Product(tensor_inputs(node), x, weight, "mk", "ekn", "mn")
 
 
-def _letters(equation: str, operands: list[Node]) -> tuple[list[str], str]:
-    """Return the letters of the operands and of the result of an einsum, with some for ``...``."""
-    sides = equation.replace(" ", "").split("->")
-    terms = sides[0].split(",")
-    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
-    hidden = [
-        len(shape_of(n)) - len(t.replace("...", "")) if "..." in t else 0 for n, t in zip(operands, terms, strict=True)
-    ]
-    dots = "".join(spare[: max(hidden)])
-    terms = [t.replace("...", dots[len(dots) - k :]) for t, k in zip(terms, hidden, strict=True)]
-    if len(sides) == 2:
-        return terms, sides[1].replace("...", dots)
-    letters = "".join(terms)
-    return terms, dots + "".join(sorted(c for c in set(letters) if letters.count(c) == 1 and c not in dots))
-
-
 def _einsum(node: Node, varying: frozenset[Node]) -> Family | None:
     operands = cast("list[Node]", node.args[1])
-    terms, out = _letters(cast(str, node.args[0]), operands)
+    terms, out = letters(cast(str, node.args[0]), [len(shape_of(n)) for n in operands])
     if len(operands) > 2 or any(len(set(t)) < len(t) for t in (*terms, out)):
         return None
     if len(operands) == 1:
@@ -199,7 +179,6 @@ SUMS: dict[str, OpRule] = {
     "linear": _linear,
     "addmm": _addmm,
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot"), _matmul),
-    "baddbmm": _baddbmm,
     **dict.fromkeys(("_grouped_mm", "transformers.grouped_mm_fallback"), _grouped_mm),
     "einsum": _einsum,
     "tensordot": _tensordot,

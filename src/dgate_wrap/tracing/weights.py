@@ -138,6 +138,8 @@ class Weights(Words):
             return self._scattered(family.operands[0], labels, products=products)
         if products and isinstance(family, Pointwise) and family.product and node not in self.varying:
             return self._factored(family, labels.expand(shape_of(node)))
+        if products and isinstance(family, NormedWeight) and labels.shape[family.axis] == 1:
+            return self._scattered(family.v, labels, products=True)
         if not isinstance(family, Movement) or node in self.varying:
             return None
         index = cast(Pick, self.families[node]).index if isinstance(self.families[node], Pick) else 0

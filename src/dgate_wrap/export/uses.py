@@ -1,4 +1,4 @@
-"""What a model does with a key-value cache, which its trace does not show."""
+"""What a model does that its trace does not show: with a key-value cache, and in training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tracing import Inputs
+from ..tracing.inputs import without_cache
 from ..tracing.settings import evaluating, same_random_numbers, unchanged
 from .culprits import with_code
 from .padding import padded
@@ -46,6 +47,20 @@ def cached_uses(model: nn.Module, inputs: Inputs) -> dict[str, str | None]:
         for name, use in uses.items():
             found[name] = _fails_in(model, use)
     return found
+
+
+def training_fails(model: nn.Module, inputs: Inputs) -> str | None:
+    """Return the module in which a forward in train mode fails; ``None`` if it does not."""
+    modes, given = [(m, m.training) for m in model.modules()], inputs.map(Tensor.clone)
+    undo, quiet = unchanged(model, buffers=True), warnings.catch_warnings()
+    try:
+        with torch.no_grad(), same_random_numbers(model), undo, quiet, without_cache(model, given) as extra:
+            warnings.simplefilter("ignore")
+            model.train()
+            return _fails_in(model, lambda: given.call(model, **extra))
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _fails_in(model: nn.Module, use: Callable[[], Any]) -> str | None:
