@@ -42,6 +42,20 @@ class Model(nn.Module):
         return self.head(x)
 
 
+def test_fields_that_cannot_be_read_are_none() -> None:
+    class Varied(Config):
+        @property
+        def near(self) -> int:
+            raise RuntimeError("it differs from layer to layer")
+
+    torch.manual_seed(0)
+    model = Model(Varied())
+    model.near = 5
+    exported = smaller(model, "hidden", torch.randn(3, 4))
+    assert exported.report.removed == exported.report.pruning.dead == 16
+    assert exported.model.config.units == (6, 6)
+
+
 def kill_half(model: nn.Module) -> None:
     with torch.no_grad():
         for gates in {t.gates: None for t in dg.gates.gated_tensors(model)}:

@@ -156,6 +156,97 @@ def test_a_rewritten_forward_refuses_arguments_that_it_was_not_exported_with() -
         exported.model.attention(X, causal=False)
 
 
+class GivesMask(nn.Module):
+    """Attention under a mask that only code of its own would make of whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = UnderMask()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.attention(x, mask)
+
+
+class UnderMask(Attention):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        mask = mask if mask.dtype == torch.bool else mask.bool()
+        q, k, v = (t.view(*t.shape[:2], self.heads, 4).transpose(1, 2) for t in self.qkv(x).split(12, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return self.out(y.transpose(1, 2).reshape(x.shape))
+
+
+def test_a_rewritten_forward_refuses_tensors_of_another_kind_in_words() -> None:
+    model, mask = GivesMask(), torch.ones(2, 5, dtype=torch.bool)
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model, "heads", example_inputs=(X, mask))
+    with torch.no_grad():
+        all_gates(model)[0].gamma[1] = 0
+    small = dg.export(model, (X, mask), latency=False).model
+    assert small.attention.qkv.weight.shape == (24, 12)
+    mask[0, 3:] = False
+    torch.testing.assert_close(small(X, mask), model(X, mask))
+    for other in (mask.long(), mask.float()):
+        with pytest.raises(dg.ExportError, match=rf"mask of the form .*truth values, not {other.dtype}"):
+            small(X, other)
+
+
+class SharedBiases(nn.Module):
+    """Layers that add two biases of all of them to their scores (LayoutLM), the last one with values for nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far = nn.Linear(12, 3), nn.Linear(12, 3)
+        self.layers = nn.ModuleList(BiasedAttention() for _ in range(2))
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        near, far = (f(x[:, :, None] - x[:, None]).permute(0, 3, 1, 2) for f in (self.near, self.far))
+        aside = x
+        for layer in self.layers:
+            y, aside = layer(x, aside, near, far)
+            x = x + y
+        return self.head(x)
+
+
+class BiasedAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scored = Scored()
+        self.out, self.aside = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, aside: Tensor, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+        y, other = self.scored(x, aside, near, far)
+        return self.out(y), self.aside(other)
+
+
+class Scored(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.other = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: Tensor, aside: Tensor, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+        layers = ((self.q, x), (self.k, x), (self.v, x), (self.other, aside))
+        q, k, v, other = (f(t).view(*t.shape[:2], 3, 4).transpose(1, 2) for f, t in layers)
+        weights = (q @ k.mT / 2 + (near + far) / 3).softmax(-1)
+        y, other = ((weights @ t).transpose(1, 2).flatten(2) for t in (v, other))
+        return y, other
+
+
+def test_heads_go_beside_two_biases_that_layers_share_and_values_that_lead_nowhere() -> None:
+    model = SharedBiases()
+    randomize(model, torch.Generator().manual_seed(1))
+    heads = {f"layers.{i}.scored.v.{kind}": dg.along(p, 0).div(4, rounding_mode="floor") + 3 * i
+             for i, layer in enumerate(model.layers) for kind, p in layer.scored.v.named_parameters()}  # fmt: skip
+    dg.gate(model, heads).eval()
+    with torch.no_grad():
+        all_gates(model)[0].gamma[0] = 0
+        all_gates(model)[1].gamma[1] = 0
+    result = dg.export(model, X, latency=False)
+    assert [layer.scored.v.weight.shape[0] for layer in result.model.layers] == [8, 8]
+    assert result.model.layers[1].scored.q.weight.shape[0] == 8
+    assert_equal(model, result.model)
+
+
 class BesideLSTM(Block):
     """An operation that fixes the number of tokens in a trace of the whole model."""
 

@@ -107,7 +107,7 @@ def _pins(model: nn.Module, config: Any) -> dict[Field, int]:
     found: dict[str, set[int]] = {}
     for module in model.modules():
         for name, value in vars(module).items() if not type(module).__module__.startswith("torch.") else ():
-            if type(value) is int and value > 1 and getattr(config, name, None) is None:
+            if type(value) is int and value > 1 and _get(config, (name,)) is None:
                 found.setdefault(name, set()).add(value)
     return {(name,): next(iter(values)) for name, values in found.items() if len(values) == 1}
 
@@ -203,5 +203,8 @@ def _changed(small: nn.Module, config: Any, changes: Mapping[Field, int], inputs
 
 def _get(config: Any, field: Field) -> Any:
     for step in field:
-        config = config[step] if isinstance(step, int) else getattr(config, step, None)
+        try:
+            config = config[step] if isinstance(step, int) else getattr(config, step, None)
+        except Exception:  # one that differs from layer to layer, say, which is none of the whole
+            return None
     return config

@@ -30,6 +30,7 @@ from ..tracing.families import (
     Recurrence,
 )
 from ..tracing.operations import COPIES, is_tensor, op_name, shape_of
+from ..tracing.origins import owner
 from .constants import Constants
 from .masks import along, any_of, fit, full_mask, is_any, on_axis, project, taps
 
@@ -102,8 +103,13 @@ class Facts(Constants):
         beside = [m for m in node.all_input_nodes if m is not n and is_tensor(m) and len(shape_of(m)) >= -back]
         small = n not in self.varying or torch.Size(shape_of(n)).numel() < torch.Size(shape_of(out)).numel()
         small = small or isinstance(self.families.get(node), Attention)  # which works hardest
-        alike = [m for m in beside if shape_of(m)[back] == len(spare) and (small or self._is_score(m))]
-        return any(bool((spare & ~self.reached(m, len(shape_of(m)) + back)).any()) for m in alike)
+        fits = [m for m in beside if shape_of(m)[back] == len(spare)]
+        gains = {m: spare & ~self.reached(m, len(shape_of(m)) + back) for m in fits}
+        if any(bool(gains[m].any()) for m in fits if small or self._is_score(m)):
+            return True
+        # or all that it reads is made elsewhere for several, as two biases that every layer adds to its scores
+        elsewhere = all(owner(m) != owner(node) for m in (n, *fits))
+        return elsewhere and back < -1 and not any(bool(g.any()) for g in gains.values())
 
     def _is_score(self, node: Node) -> bool:
         """Tell whether a value is a product of activations, scaled perhaps."""

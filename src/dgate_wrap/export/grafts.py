@@ -24,6 +24,7 @@ from .recipes import (
     UndescribableError,
     describe_graph,
     describe_tree,
+    kind_of,
     plain_signature,
     unbind,
     without_unread,
@@ -104,6 +105,8 @@ class Grafts:
         self._rewriter = Rewriter(symbolic, widths, permissions, self._layers)
         self._new_biases = plan.new_biases
         self._spans = spans(symbolic.graph)
+        self._silent: set[str] = set()
+        """Modules whose new forward does not give all that the old one gave."""
 
     def _layer(self, module: nn.Module) -> Layer:
         return Layer(module, frozenset(self._first[id(t)] for _, t in all_tensors(module)))
@@ -111,13 +114,16 @@ class Grafts:
     def onto(self, draft: Draft, path: str) -> Draft | None:
         """Write the forward of a module anew, or else of the next one around it; ``None`` if none can be.
 
-        None can of a module that the graph does not show: nobody needs what it gives.
+        None can of a module that the graph does not show: nobody needs what it gives. If it fails for want of what a
+        forward that was written anew gives no more, as nobody needs that, the one around both leaves it out.
 
         Modules of the same class that something is cut of are written anew with it.
         """
-        step: str | None = path if path in self._spans else None
+        beside = [p.rpartition(".")[0] for p in self._silent if draft.covers(p)]
+        led = any(f"{path}.".startswith(f"{p}." if p else p) for p in beside)
+        step: str | None = path if led or path in self._spans else None
         while step is not None:
-            if not draft.covers(step):
+            if step in self._spans and not draft.covers(step):
                 with contextlib.suppress(UnwritableError):
                     draft = draft.grafted(step, *self.write(step))
                     break
@@ -212,6 +218,7 @@ class Grafts:
             if node is None and isinstance(x, Tensor):
                 if not path:
                     raise UnwritableError("the model returns a tensor that it does not compute")
+                self._silent.add(path)
                 return None
             outputs.extend([] if node is None else [node])
             return x
@@ -221,8 +228,9 @@ class Grafts:
         placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
         takes = without_unread(takes, {i for i, n in enumerate(placeholders[: len(inputs)]) if n.users})
         shapes = {n: list(t.shape) for n, t in part.constants.items()}
-        axes = [x.dim() for x in given]
-        return Recipe(describe_graph(part.graph), takes, gives, shapes, self._drops(path, part), axes), part.constants
+        axes, kinds = [x.dim() for x in given], [kind_of(x) for x in given]
+        drops = self._drops(path, part)
+        return Recipe(describe_graph(part.graph), takes, gives, shapes, drops, axes, kinds), part.constants
 
     def _drops(self, path: str, part: Part) -> list[str]:
         """Return the tensors of a module that its code reads and its new forward does not.

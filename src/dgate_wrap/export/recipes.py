@@ -313,6 +313,7 @@ class Recipe:
         constants: Shapes of the tensors that are constants by now, which the module holds as buffers.
         drops: Parameters and buffers that it does not read any more.
         axes: How many axes each tensor has that it is given, in their order.
+        kinds: Whether each holds truth values (0), whole numbers (1), or others (2).
     """
 
     steps: list[list[Any]]
@@ -321,6 +322,7 @@ class Recipe:
     constants: dict[str, list[int]]
     drops: list[str]
     axes: list[int] = field(default_factory=list[int])
+    kinds: list[int] = field(default_factory=list[int])
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -416,9 +418,10 @@ class Rewritten(nn.Module):
         for name, tree in self.recipe.takes["dict"].items():
             earlier = len(found)
             fits = match_tree(tree, arguments.get(name), found)
-            axes = [self.recipe.axes[i] for i in list(found)[earlier:] if self._has_other_axes(i, found[i])]
-            if not fits or axes:
-                form = f"{axes[0]} axes" if fits else _short(tree)
+            forms = [self._wanted(i, found[i]) for i in list(found)[earlier:]]
+            unlike = [form for form in forms if form is not None]
+            if not fits or unlike:
+                form = unlike[0] if fits else _short(tree)
                 raise ExportError(
                     f"the rewritten {self.stands_for} got {name}={_short(arguments.get(name))}.",
                     expected=f"{name} of the form it had when it was exported: {form}",
@@ -427,8 +430,23 @@ class Rewritten(nn.Module):
         results = self._run(self, *(found[i] for i in range(len(found))))
         return build_tree(self.recipe.gives, results)
 
-    def _has_other_axes(self, i: int, value: Any) -> bool:
-        return isinstance(value, Tensor) and i < len(self.recipe.axes) and value.dim() != self.recipe.axes[i]
+    def _wanted(self, i: int, value: Any) -> str | None:
+        """Say what a given tensor should be, where it is something else that the graph cannot take."""
+        if not isinstance(value, Tensor) or i >= len(self.recipe.axes):
+            return None
+        if value.dim() != self.recipe.axes[i]:
+            return f"{self.recipe.axes[i]} axes"
+        if i < len(self.recipe.kinds) and kind_of(value) > self.recipe.kinds[i]:  # code would make masks bool
+            return f"{_KINDS[self.recipe.kinds[i]]}, not {value.dtype}"
+        return None
+
+
+_KINDS = ("truth values", "whole numbers", "numbers")
+
+
+def kind_of(x: Tensor) -> int:
+    """Tell whether a tensor holds truth values (0), whole numbers (1), or others (2)."""
+    return 0 if x.dtype == torch.bool else 2 if x.is_floating_point() or x.is_complex() else 1
 
 
 def plain_signature(module: nn.Module) -> list[tuple[str, int, Any]]:

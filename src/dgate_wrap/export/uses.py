@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..tracing import Inputs
 from ..tracing.inputs import without_cache
 from ..tracing.settings import evaluating, same_random_numbers, unchanged
+from .copies import SparingParameters
 from .culprits import with_code
 from .padding import padded
 from .recipes import plain_signature, says_no
@@ -57,7 +58,8 @@ def training_fails(model: nn.Module, inputs: Inputs) -> str | None:
         with torch.no_grad(), same_random_numbers(model), undo, quiet, without_cache(model, given) as extra:
             warnings.simplefilter("ignore")
             model.train()
-            return _fails_in(model, lambda: given.call(model, **extra))
+            with SparingParameters(model):
+                return _fails_in(model, lambda: given.call(model, **extra))
     finally:
         for module, mode in modes:
             module.training = mode

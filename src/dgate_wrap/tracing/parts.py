@@ -75,33 +75,6 @@ def _added(x: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
     return product if beta == 0 else product + (x if beta == 1 else beta * x)
 
 
-def letters(equation: str, dims: list[int]) -> tuple[list[str], str]:
-    """Return the letters of operands and of the result of an einsum, given how many axes they have, for ``...`` too."""
-    sides = equation.replace(" ", "").split("->")
-    terms = sides[0].split(",")
-    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
-    hidden = [n - len(t.replace("...", "")) if "..." in t else 0 for n, t in zip(dims, terms, strict=True)]
-    dots = "".join(spare[: max(hidden)])
-    terms = [t.replace("...", dots[len(dots) - k :]) for t, k in zip(terms, hidden, strict=True)]
-    if len(sides) == 2:
-        return terms, sides[1].replace("...", dots)
-    found = "".join(terms)
-    return terms, dots + "".join(sorted(c for c in set(found) if found.count(c) == 1 and c not in dots))
-
-
-def _einsum(equation: str, operands: list[Tensor], path: Any = None) -> Tensor:
-    """Sum products of more than two tensors, two at a time: ``einsum``."""
-    terms, out = letters(equation, [x.dim() for x in operands])
-    if len(terms) < 3 or any(len(set(t)) < len(t) for t in (*terms, out)):
-        return NotImplemented
-    made, value = terms[0], operands[0]
-    for i, (term, x) in enumerate(zip(terms[1:], operands[1:], strict=True), 2):
-        asked = {*out, *"".join(terms[i:])}
-        both = "".join(c for c in dict.fromkeys(made + term) if c in asked) if i < len(terms) else out
-        value, made = torch.einsum(f"{made},{term}->{both}", value, x), both
-    return value
-
-
 def _extremes(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     axes = list(range(x.dim())) if dim is None else [dim]
     return x.amin(axes, keepdim), x.amax(axes, keepdim)
@@ -136,7 +109,6 @@ PARTS: dict[Any, Callable[..., Any]] = {
     _aten.aminmax.default: _extremes,
     _aten.baddbmm.default: _add_products,
     _aten.addbmm.default: _add_sum,
-    _aten.einsum.default: _einsum,
     _aten.nansum.default: _sum_of_numbers,
     _aten.masked_scatter.default: _scatter_rows,
 }

@@ -9,6 +9,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 
+def letters(equation: str, dims: list[int]) -> tuple[list[str], str]:
+    """Return the letters of operands and of the result of an einsum, given how many axes they have, for ``...`` too."""
+    sides = equation.replace(" ", "").split("->")
+    terms = sides[0].split(",")
+    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+    hidden = [n - len(t.replace("...", "")) if "..." in t else 0 for n, t in zip(dims, terms, strict=True)]
+    dots = "".join(spare[: max(hidden)])
+    terms = [t.replace("...", dots[len(dots) - k :]) for t, k in zip(terms, hidden, strict=True)]
+    if len(sides) == 2:
+        return terms, sides[1].replace("...", dots)
+    found = "".join(terms)
+    return terms, dots + "".join(sorted(c for c in set(found) if found.count(c) == 1 and c not in dots))
+
+
 def split_einsums(graph_module: GraphModule) -> None:
     """Replace every einsum of three or more operands by pairwise ones, from left to right, in place.
 
@@ -17,11 +31,11 @@ def split_einsums(graph_module: GraphModule) -> None:
     graph = graph_module.graph
     for node in list(graph.nodes):
         operands = cast("list[Node]", node.args[1]) if node.target is torch.ops.aten.einsum.default else []
-        equation = cast(str, node.args[0]).replace(" ", "") if operands else ""
-        if len(operands) < 3 or "..." in equation or "->" not in equation:
+        if len(operands) < 3:
             continue
-        inputs, out = equation.split("->")
-        terms = inputs.split(",")
+        terms, out = letters(cast(str, node.args[0]), [n.meta["val"].dim() for n in operands])
+        if any(len(set(t)) < len(t) for t in terms):
+            continue
         left, axes = operands[0], terms[0]
         with graph.inserting_before(node):
             for i in range(1, len(operands)):

@@ -13,7 +13,7 @@ from torch.fx import Node
 from .families import Attention, Bilinear, Cell, Contraction, Family, Lookup, Mixing, OpRule, Product, Recurrence
 from .movements import move
 from .nodes import argument, op_name, shape_of, tensor_inputs
-from .parts import letters
+from .rewrite import letters
 
 
 def _apply_linear(x: Tensor, weight: Tensor) -> Tensor:
