@@ -1074,7 +1074,9 @@ def channels_moved(rng: Random, shape: Shape) -> Block:
         "transpose": lambda m, x, e: x.transpose(2, 3),
         "patches": lambda m, x, e: F.unfold(x, 2).unflatten(2, (shape[1] - 1, shape[2] - 1)),
         "folded": lambda m, x, e: F.fold(F.unfold(x, 2, padding=1).tanh(), x.shape[2:], 2, padding=1),
-        "unpooled": lambda m, x, e: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+        "unpooled": lambda m, x, e: F.max_unpool2d(
+            *F.max_pool2d(x, 2, return_indices=True), 2, output_size=x.shape[2:]
+        ),
         "sampled": lambda m, x, e: F.grid_sample(x, x[:, :1].movedim(1, -1) + m.points, align_corners=False),
         "warped": lambda m, x, e: F.grid_sample(
             x,

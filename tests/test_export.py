@@ -633,6 +633,45 @@ def test_features_that_a_product_of_parameters_reads_are_gated_in_both_and_go() 
     assert_equal(model, result.model, torch.randn(3, 5), 1e-5)
 
 
+class Policy(nn.Module):
+    """Scores actions, of which a mask forbids some, and leaves room for more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, allowed: Tensor) -> Tensor:
+        scores = self.down(self.up(x).relu()).masked_fill(~allowed, -torch.inf)
+        return torch.cat([scores, torch.full((len(x), 2), -torch.inf)], 1)
+
+
+def test_scores_under_a_mask_of_minus_infinity_are_compared() -> None:
+    model = Policy()
+    randomize(model, torch.Generator().manual_seed(4))
+    x, allowed = torch.randn(5, 4), torch.rand(5, 3) > 0.4
+    dg.gate(model, "neurons", include="up.*")
+    zero_groups(model, "up.weight", [0, 1])
+    result = dg.export(model, (x, allowed))
+    assert result.report.removed == 2
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(x, ~allowed), model(x, ~allowed))
+    a = torch.tensor([1.0, -torch.inf])
+    assert relative_error([a], [a.clone()]) == 0
+    assert relative_error([a], [torch.tensor([1.0, 2.0])]) == float("inf")
+    assert relative_error([a], [torch.tensor([1.0, torch.nan])]) == float("inf")
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_outputs_that_are_not_finite_are_refused_all_the_same(value: float) -> None:
+    model = Policy()
+    with torch.no_grad():
+        model.down.bias[0] = value
+    dg.gate(model, "neurons", include="up.*")
+    zero_groups(model, "up.weight", [0, 1])
+    with pytest.raises(dg.ExportError, match="is not finite"):
+        dg.export(model, (torch.randn(5, 4), torch.ones(5, 3, dtype=torch.bool)))
+
+
 def test_complex_outputs_are_compared_in_both_parts() -> None:
     a = torch.randn(3, 4, dtype=torch.complex64)
     assert relative_error([a], [a.clone()]) == 0

@@ -26,15 +26,17 @@ def letters(equation: str, dims: list[int]) -> tuple[list[str], str]:
 def split_einsums(graph_module: GraphModule) -> None:
     """Replace every einsum of three or more operands by pairwise ones, from left to right, in place.
 
+    One that sums nothing, of operands with the same axes, is a product element by element.
+
     A letter is summed over as soon as no later operand and no output has it. The results agree up to rounding.
     """
     graph = graph_module.graph
     for node in list(graph.nodes):
         operands = cast("list[Node]", node.args[1]) if node.target is torch.ops.aten.einsum.default else []
-        if len(operands) < 3:
+        if len(operands) < 2:
             continue
         terms, out = letters(cast(str, node.args[0]), [n.meta["val"].dim() for n in operands])
-        if any(len(set(t)) < len(t) for t in terms):
+        if any(len(set(t)) < len(t) for t in terms) or (len(operands) == 2 and {*terms, out} != {out}):
             continue
         left, axes = operands[0], terms[0]
         with graph.inserting_before(node):
@@ -50,9 +52,12 @@ def split_einsums(graph_module: GraphModule) -> None:
 
 
 def _insert(graph_module: GraphModule, equation: str, a: Node, b: Node, like: Node) -> Node:
-    node = graph_module.graph.call_function(cast(Any, torch.ops.aten.einsum.default), (equation, [a, b]))
-    sizes: dict[str, Any] = {}
     terms, out = equation.split("->")
+    aten: Any = torch.ops.aten
+    alone = {*terms.split(","), out} == {out}  # nothing is summed: a product element by element
+    call = (aten.mul.Tensor, (a, b)) if alone else (aten.einsum.default, (equation, [a, b]))
+    node = graph_module.graph.call_function(*call)
+    sizes: dict[str, Any] = {}
     for axes, n in zip(terms.split(","), (a, b), strict=True):
         for letter, size in zip(axes, n.meta["val"].shape, strict=True):
             if letter not in sizes or (isinstance(sizes[letter], int) and sizes[letter] == 1):
