@@ -672,6 +672,21 @@ def test_outputs_that_are_not_finite_are_refused_all_the_same(value: float) -> N
         dg.export(model, (torch.randn(5, 4), torch.ones(5, 3, dtype=torch.bool)))
 
 
+def test_an_example_that_the_model_rejects_is_refused_in_words() -> None:
+    class Puts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.few = nn.Linear(4, 8), nn.Linear(8, 3), nn.Parameter(torch.ones(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.up(x)
+            return self.down(x.masked_scatter(torch.ones_like(x, dtype=torch.bool), self.few))
+
+    model = dg.gate(Puts(), "neurons", include="up.*")
+    with pytest.raises(dg.TraceError, match=r"does not run on the example inputs, of shapes \[\(2, 4\)\]: .*source"):
+        dg.export(model, torch.randn(2, 4))
+
+
 def test_complex_outputs_are_compared_in_both_parts() -> None:
     a = torch.randn(3, 4, dtype=torch.complex64)
     assert relative_error([a], [a.clone()]) == 0

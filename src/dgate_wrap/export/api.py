@@ -18,6 +18,7 @@ from ..pruning import PruneReport, prune
 from ..tracing import Inputs, capture, normalize_inputs
 from ..tracing.capture import all_tensors
 from ..tracing.inputs import without_cache
+from ..tracing.refusals import require_running
 from ..tracing.settings import evaluating, forget_results
 from .alignment import find_orders, reorder_, reordered
 from .certificate import Certificate, constant_output
@@ -313,6 +314,8 @@ def _analyse(
         return _subject(doubled, exact, clock), doubled, given, "float64, and its own"
     except Exception as e:
         why = f"its own alone: it does not run or trace in float64, or gives no finite numbers ({type(e).__name__})"
+        with evaluating(dense), torch.no_grad():
+            require_running(dense, dense, inputs)
         return _subject(share(dense).cpu(), here, clock), None, None, why
 
 
