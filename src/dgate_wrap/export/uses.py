@@ -52,17 +52,13 @@ def cached_uses(model: nn.Module, inputs: Inputs) -> dict[str, str | None]:
 
 def training_fails(model: nn.Module, inputs: Inputs) -> str | None:
     """Return the module in which a forward in train mode fails; ``None`` if it does not."""
-    modes, given = [(m, m.training) for m in model.modules()], inputs.map(Tensor.clone)
+    given = inputs.map(Tensor.clone)
     undo, quiet = unchanged(model, buffers=True), warnings.catch_warnings()
-    try:
-        with torch.no_grad(), same_random_numbers(model), undo, quiet, without_cache(model, given) as extra:
-            warnings.simplefilter("ignore")
-            model.train()
-            with SparingParameters(model):
-                return _fails_in(model, lambda: given.call(model, **extra))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.no_grad(), same_random_numbers(model), undo, quiet:
+        warnings.simplefilter("ignore")
+        with without_cache(model, given) as extra, SparingParameters(model):
+            model.train()  # until every module is put back into its own mode
+            return _fails_in(model, lambda: given.call(model, **extra))
 
 
 def _fails_in(model: nn.Module, use: Callable[[], Any]) -> str | None:

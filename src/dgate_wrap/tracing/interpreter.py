@@ -181,10 +181,10 @@ class Interpreter(Layers):
         words = [self._aligned(narrow(self._words(n)), len(shape)) for n in operands]
         real = [(1,) * (len(shape) - len(shape_of(n))) + shape_of(n) for n in operands]
         labels = [label_of(w) for w in words]
-        wider = [int(label.unique().numel()) for label in labels]
-        for i in sorted(
-            range(len(operands)), key=wider.__getitem__
-        ):  # of two that follow each other, the wider one stays
+        order = list(range(len(operands)))
+        if sum(self._follows(i, labels, real) for i in order) > 1:  # of those that follow each other, the widest stays
+            order.sort(key=lambda i: int(labels[i].unique().numel()))
+        for i in order:
             n = operands[i]
             if self._follows(i, labels, real):
                 if self._reads_outer(node, family, i, words):

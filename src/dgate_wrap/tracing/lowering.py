@@ -135,11 +135,17 @@ def _kind(node: Node) -> str:
     return f"{node.target} {torch.fx.map_arg((node.args, node.kwargs), shown)}"
 
 
+def _mode_of(node: Node) -> Any:
+    """Return the mode in which the values that a node reads were made."""
+    values = [n.meta["val"] for n in node.all_input_nodes]
+    [mode] = {cast(Any, x).fake_mode for x in values if isinstance(x, Tensor)}
+    return mode
+
+
 def _has_parts(node: Node) -> bool:
     """Tell whether an operation is made of others as it is called here."""
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    mode = next(cast(Any, n.meta["val"]).fake_mode for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor))
-    with torch.no_grad(), mode, enable_python_dispatcher():
+    with torch.no_grad(), _mode_of(node), enable_python_dispatcher():
         return PARTS[node.target](*args, **kwargs) is not NotImplemented
 
 
@@ -154,8 +160,7 @@ def _parts(node: Node, known: dict[str, Graph]) -> Graph:
         return cast(Any, node.target)(*args, **kwargs)
 
     values = [n.meta["val"] for n in inputs]
-    [mode] = {cast(Any, x).fake_mode for x in values if isinstance(x, Tensor)}
-    with torch.no_grad(), mode, enable_python_dispatcher():
+    with torch.no_grad(), _mode_of(node), enable_python_dispatcher():
         traced = make_fx(call, PARTS)(*(x.detach() if isinstance(x, Tensor) else x for x in values))
     traced.graph.eliminate_dead_code()
     known[kind] = traced.graph

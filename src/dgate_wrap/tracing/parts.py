@@ -52,7 +52,7 @@ def _put(x: Tensor, indices: list[Tensor | None], value: Tensor, accumulate: boo
         return NotImplemented
     [mask] = indices
     assert mask is not None
-    return torch.where(mask.bool().view(*mask.shape, *[1] * (x.dim() - mask.dim())), value.reshape(()), x)
+    return torch.where(mask.view(*mask.shape, *[1] * (x.dim() - mask.dim())), value.reshape(()), x)
 
 
 def is_masked_number(indices: Sequence[Tensor | None], value: Tensor) -> bool:
