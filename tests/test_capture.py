@@ -725,3 +725,20 @@ def test_last_states_of_an_lstm_have_the_shape_of_its_first_ones(monkeypatch: py
     assert len(states) == 2
     assert all(n.meta["val"].shape == values[n].shape for n in trace.outputs)
     assert decompositions.one_layer_lstm is longer
+
+
+class Turned(nn.Module):
+    """Takes a view of what a batch norm gives, whose strides a trace foresees otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(0, 3, 2, 1)).view(len(x), 6, -1)
+
+
+def test_views_of_what_a_trace_lays_out_otherwise_are_taken() -> None:
+    model, x = Turned().eval(), torch.randn(3, 2, 2, 6)
+    trace = capture(model, x)
+    torch.testing.assert_close(trace.run()[trace.outputs[0]], model(x))

@@ -19,11 +19,11 @@ from ..tracing import Inputs, capture, normalize_inputs
 from ..tracing.capture import all_tensors
 from ..tracing.inputs import without_cache
 from ..tracing.refusals import require_running
-from ..tracing.settings import evaluating, forget_results
+from ..tracing.settings import evaluating, forget_results, full_precision
 from .alignment import find_orders, reorder_, reordered
 from .certificate import Certificate, constant_output
 from .configs import express
-from .copies import SparingParameters, WritesParameterError, separate_, share, weight_bytes
+from .copies import SparingParameters, WritesParameterError, flatten_, separate_, share, weight_bytes
 from .cuts import Cut
 from .facts import Facts
 from .masks import on_axis
@@ -137,7 +137,7 @@ def export(
         )
     inputs = normalize_inputs(example_inputs, example_kwargs)
     clock = _Clock()
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         with clock("copy"):
             pruned, pruning = _pruned(model, tol)
         with clock("verification"):
@@ -180,15 +180,18 @@ def export(
         certificate = _check_batches(verifier, found, batches, example_kwargs)
         certificate = verifier.check_arguments(found.small, certificate, found.plan.taken)
         clock.seconds["verification"] += verifier.preparing + verifier.checking
+        taken = [reduced(x, found.small, found.plan.taken) for x in verifier.inputs]
+        with clock("report"):
+            config = express(dense, found.small, taken)
+    with torch.no_grad():
+        separate_(found.small, model, dense)
+        flatten_(found.small)
         with clock("report"):
             report = _report(dense, found, certificate, inputs, pruning, _in_new_order(labels, orders), dead, latency)
-            taken = [reduced(x, found.small, found.plan.taken) for x in verifier.inputs]
-            report = replace(report, config=express(dense, found.small, taken))
-        separate_(found.small, model, dense)
         _forget_epsilons(found, implied)
     for name, module in found.small.named_modules():
         module.training = model.get_submodule(name).training
-    report = replace(report, seconds=clock.seconds)
+    report = replace(report, config=config, seconds=clock.seconds)
     plan = _with_orders(found.plan, orders)
     return Exported(found.small, plan, report, signature(dense), _dropped(dense, found), inputs)
 

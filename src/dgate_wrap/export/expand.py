@@ -14,7 +14,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ..errors import ExportError
 from ..tracing import Inputs, normalize_inputs
 from ..tracing.capture import all_tensors
+from ..tracing.settings import full_precision
 from .api import Exported
+from .copies import flatten_
 from .cuts import Cut
 from .files import derived_buffers, misfits
 from .masks import on_axis, project
@@ -112,6 +114,7 @@ def expand(
     small_modules = dict(small.named_modules())
     for path, module in model.named_modules():
         module.training = small_modules[path].training if path in small_modules else small.training
+    flatten_(model)
     given = example_inputs is not None or example_kwargs is not None
     example = normalize_inputs(example_inputs, example_kwargs) if given else exported.example
     if example is not None:
@@ -195,7 +198,8 @@ def _compare(exported: Exported, model: nn.Module, example: Inputs) -> None:
 
     inputs = example.map(there)
     taken = reduced(inputs, exported.model, exported.plan.taken)
-    error = relative_error(run(exported.model, taken), run(model, inputs))
+    with full_precision():
+        error = relative_error(run(exported.model, taken), run(model, inputs))
     width = min((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), default=4)
     rounding = exported.report.certificate.tolerance.get(OWN, 0.0)
     if error > max(rounding, {8: 1e-10, 4: 1e-5}.get(width, 5e-2)):

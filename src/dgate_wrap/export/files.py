@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import FileFormatError
 from .api import Exported, signature
+from .copies import flatten_
 from .cuts import Cut, Gather
 from .plan import Plan
 from .recipes import Recipe, build_graph
@@ -126,6 +127,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     small = parsed.apply(model.eval(), {n: t.to(devices.get(n, home)) for n, t in weights.items()})
     for name, module in small.named_modules():  # in train mode, to read a spectrally normalized weight changes it
         module.training = modes.get(name, modes[""])
+    flatten_(small)
     return small
 
 

@@ -172,7 +172,20 @@ class _Forward(nn.Module):
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        return list(tensors_in(self.model(*args, **kwargs, **self._extra), set()))
+        with _ViewsThatFit():
+            return list(tensors_in(self.model(*args, **kwargs, **self._extra), set()))
+
+
+class _ViewsThatFit(TorchFunctionMode):
+    """Takes views that a model takes of tensors whose strides a trace foresees otherwise: those of batch norms are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except ValueError:
+            if func is not Tensor.view:
+                raise
+            return args[0].reshape(*args[1:])
 
 
 def _export(model: nn.Module, call: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:

@@ -147,7 +147,7 @@ class Interpreter(Layers):
     @_label.register
     def _(self, family: Indexing, node: Node) -> None:
         parts = [self._words(n) for n in (family.x, family.source) if n is not None]
-        values = {n: self._constant(n) for n in family.indices}
+        values = {n: self._fixed(n) for n in family.indices}
         known = all(v is not None for v in values.values()) and not family.adds
         why = self._says(node, "positions are picked by value")
         if not known and any(self._varies(label_of(narrow(parts[0])), a) for a in family.axes):
@@ -225,7 +225,7 @@ class Interpreter(Layers):
         kernel = shape_of(family.weight)[2:] if family.spatial else ()
         spanned = {words.dim() - len(kernel) + i for i, size in enumerate(kernel) if size > 1}  # by words in a row, say
         if passes and along and node not in self.given and not along & spanned:
-            return self._mix_tokens(family, node, words)
+            return self._mix_tokens(family, node, words, spanned)
         column = self._unite_over(words, [a for a in axes if a != family.x_axis], self._says(node, "live in part"))
         self._consume(node, column)
         column = label_of(column).flatten().expand(words.shape[family.x_axis])
@@ -255,13 +255,13 @@ class Interpreter(Layers):
         floor = ZERO if family.bias is None else FIXED
         self._set(node, torch.where(out >= 0, label_of(out) * 4 + state_of(out).clamp_min(floor), out))
 
-    def _mix_tokens(self, family: Contraction, node: Node, words: Tensor) -> None:
+    def _mix_tokens(self, family: Contraction, node: Node, words: Tensor, spanned: set[int]) -> None:
         """The channels lie on another axis, and this contraction mixes positions: they pass through it."""
         self.mixers.add(node)
-        first = self._unite_over(words, [family.x_axis])
+        first = self._unite_over(words, [family.x_axis, *spanned])  # along a border, zeros may lie
         floor = FIXED if family.bias is not None else ZERO
         worst = torch.where(first >= 0, label_of(first) * 4 + state_of(first).clamp_min(floor), first)
-        self._set(node, worst.movedim(family.x_axis, family.out_axis))
+        self._set(node, fit(worst.movedim(family.x_axis, family.out_axis), shape_of(node)))
 
     @_label.register
     def _(self, family: Product, node: Node) -> None:

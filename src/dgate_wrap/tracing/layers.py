@@ -97,7 +97,7 @@ class Layers(Elements):
 
     def _start(self, node: Node, state: Node, labels: Tensor) -> int:
         """Unite an initial state with the units it belongs to; return what it leaves when they are dead."""
-        value = self._constant(state)
+        value = self._fixed(state)
         if self._is_zero(state) or (isinstance(value, Tensor) and not value.any()):
             return ZERO
         words = self._words(state)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .families import Contraction, Creation, Family, Indexing, Lookup, Mixing, Movement, Pick, Pointwise, Product
+from .fixed import FixedValues
 from .flow import Flow
 from .movements import source_indices
 from .nodes import names, op_name, shape_of, tensor_of
@@ -81,7 +82,7 @@ class Provenance:
         """Word of every element of every value that was reached; a list of tensors where a node has several results."""
         self._sets: list[frozenset[int]] = [frozenset()]
         self._number: dict[frozenset[int], int] = {frozenset(): NOTHING}
-        self._constants: dict[Node, Any] = {}
+        self._fixed = FixedValues(flow.trace)
 
     def word(self, origins: Iterable[int]) -> int:
         """Return the word of a set of origins."""
@@ -182,7 +183,7 @@ class Provenance:
                 rows = of(family.indices)
                 return rows.unsqueeze(-1).expand(shape) if rows.shape == shape[:-1] else None  # bags are not told apart
             case Indexing():
-                values = {n: self.constant(n) for n in family.indices}
+                values = {n: self._fixed(n) for n in family.indices}
                 if family.adds or any(v is None for v in values.values()):
                     return None  # words are moved, and not added
                 return family.run([of(n) for n in (family.x, family.source) if n is not None], values)
@@ -246,26 +247,6 @@ class Provenance:
             key = tuple(rows[i].unique().tolist())
             top[i] = known.setdefault(key, self.united(key))
         return top.view(small)
-
-    def constant(self, node: Node) -> Any:
-        """Return the value of a node that depends on no input; ``None`` if it does, or has no value to be had."""
-        if node not in self._constants:
-            self._constants[node] = None
-            source = self.flow.trace.sources.get(node)
-            if source is not None and source.kind != "input":
-                self._constants[node] = source.value
-            elif node.op == "get_attr":
-                self._constants[node] = getattr(self.flow.trace.graph_module, cast(str, node.target))
-            elif node.op == "call_function" and node not in self.flow.varying:
-                values = {n: self.constant(n) for n in node.all_input_nodes}
-                if all(v is not None for v in values.values()):
-                    args, kwargs = cast("tuple[Any, Any]", torch.fx.map_arg((node.args, node.kwargs), values.get))
-                    with torch.no_grad():
-                        self._constants[node] = cast("Callable[..., Any]", node.target)(*args, **kwargs)
-            found = self._constants[node]
-            if isinstance(found, Tensor) and found.is_meta:
-                self._constants[node] = None
-        return self._constants[node]
 
 
 def uniform(word: int, shape: Iterable[int]) -> Tensor:

@@ -468,8 +468,9 @@ def _packed_recurrence(
         places = [rows[i][t] for t in range(steps) for i in group]
         given += places
         x = data.index_select(0, _constant(places, data.device)).unflatten(0, (steps, len(group)))
-        states = [h.narrow(1, group[0], len(group)) for h in (hx if isinstance(hx, list | tuple) else [hx])]
-        start = states if isinstance(hx, list | tuple) else states[0]
+        several = isinstance(hx, list | tuple)
+        states = [h.narrow(1, group[0], len(group)).contiguous() for h in (hx if several else [hx])]
+        start = states if several else states[0]
         results.append(func.overloadpacket.input(x, start, *rest, False))
     out = torch.cat([r[0].flatten(0, 1) for r in results])
     order = _constant(sorted(range(len(given)), key=given.__getitem__), data.device)

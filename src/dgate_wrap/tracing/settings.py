@@ -96,6 +96,39 @@ def sound_attention() -> Generator[None]:
 
 
 @contextlib.contextmanager
+def full_precision() -> Generator[None]:
+    """Let float32 products be computed in float32, whatever the process allows (TF32 on a GPU, bfloat16 on a CPU).
+
+    Convolutions and recurrent layers on a GPU are computed in TF32 unless one forbids it. Up to torch 2.8 there is one
+    switch for these and one for matrix products; later there is one for each, beside the old ones, which cannot be read
+    where they disagree with the new ones.
+    """
+    backends: Any = torch.backends
+    modern = hasattr(backends.cuda.matmul, "fp32_precision")
+    switches: list[tuple[Any, str, Any]] = []
+    if modern:
+        parts = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        parts += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+        switches = [(part, "fp32_precision", part.fp32_precision) for part in parts]
+    products: str | None = None
+    with contextlib.suppress(RuntimeError):
+        switches.insert(0, (backends.cudnn, "allow_tf32", backends.cudnn.allow_tf32))
+    with contextlib.suppress(RuntimeError):
+        products = torch.get_float32_matmul_precision()
+    try:
+        if products is not None:
+            torch.set_float32_matmul_precision("highest")
+        for part, name, _ in switches:
+            setattr(part, name, "ieee" if name == "fp32_precision" else False)
+        yield
+    finally:
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        for part, name, value in switches:
+            setattr(part, name, value)
+
+
+@contextlib.contextmanager
 def quiet() -> Generator[None]:
     """Keep to itself what ``torch.export`` warns, logs and prints of its own internals."""
     level = logging.root.manager.disable

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from .capture import Trace
 from .families import Contraction, Family, Movement
+from .fixed import FixedValues
 from .nodes import has_tensors, op_name, shape_of
 from .operations import describe, varying_nodes
 from .origins import operation, where
@@ -38,7 +39,7 @@ class Words:
         self.makers = self._find_makers()
         self._axes: dict[tuple[Any, ...], Tensor] = {}
         """Labels along axes of a weight, as its first use gave them; later uses are united with them."""
-        self._constants: dict[Node, Any] = {}
+        self._fixed = FixedValues(trace)
         self.cancelled: set[Node] = set()
         """Values that are zero whatever the inputs, such as a mask times zeros."""
         self._inputs: list[Tensor] = []
@@ -96,27 +97,6 @@ class Words:
     def _listed(self, node: Node) -> list[Tensor]:
         words = self._words(node)
         return cast("list[Tensor]", words) if isinstance(words, list) else [words]
-
-    def _constant(self, node: Node) -> Any:
-        """Return the value of a node that does not vary, or ``None`` where it cannot be known (the meta device)."""
-        if node not in self._constants:
-            self._constants[node] = self._evaluate(node) if node not in self.varying else None
-        return self._constants[node]
-
-    def _evaluate(self, node: Node) -> Any:
-        if node.op == "placeholder":
-            value = self.trace.sources[node].value
-        elif node.op == "get_attr":
-            value = getattr(self.trace.graph_module, cast(str, node.target))
-        else:
-            given = {n: self._constant(n) for n in node.all_input_nodes}
-            if any(v is None for v in given.values()):
-                return None
-            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), given.__getitem__)
-            kwargs = {**kwargs, "device": "cpu"} if "device" in kwargs else kwargs
-            with torch.no_grad():
-                value = cast(Any, node.target)(*args, **kwargs)
-        return None if isinstance(value, Tensor) and value.device.type == "meta" else value
 
     def _is_zero(self, node: Node) -> bool:
         """Tell whether a value is zeros that code makes, such as a first hidden state, moved or multiplied perhaps."""
