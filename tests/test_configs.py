@@ -192,6 +192,47 @@ def test_every_weight_of_a_layer_whose_attention_died_still_trains(name: str) ->
     assert [n for n, p in small.named_parameters() if p.grad is None] == []
 
 
+class Adapted(nn.Module):
+    """A layer with a low-rank adapter beside it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down, self.up = nn.Linear(layer.in_features, 2), nn.Linear(2, layer.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+class Passing(nn.Module):
+    """Hands on whatever it is given."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+def test_masks_are_taken_where_layers_are_wrapped_and_arguments_are_handed_on() -> None:
+    model, _, kwargs = build("llama")
+    kwargs = {"input_ids": kwargs["input_ids"]}
+    model.config.use_cache = True
+    attention = model.model.layers[0].self_attn
+    attention.o_proj = Adapted(attention.o_proj)
+    model = Passing(model).eval()
+    dg.gate(model, "heads", example_inputs=kwargs)
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[:2] = 0
+    small = dg.export(model, kwargs, latency=False).model
+    mask = torch.ones_like(kwargs["input_ids"])
+    mask[0, :2] = 0
+    with torch.no_grad():
+        expected, found = (m(**kwargs, attention_mask=mask).logits for m in (model, small))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_an_attention_whose_heads_are_all_dead_keeps_one_beside_a_cache_and_takes_masks(masked: bool) -> None:
     model, _, kwargs = build("llama")

@@ -33,7 +33,9 @@ def padded(model: nn.Module, inputs: Inputs) -> Inputs | None:
     except (TypeError, ValueError):
         return None
     tokens = next((x for x in inputs.leaves() if isinstance(x, Tensor)), torch.empty(0))
-    if "attention_mask" not in signature.parameters or given.get("attention_mask") is not None:
+    taken = signature.parameters.values()
+    beside = any(p.name == "attention_mask" or p.kind is p.VAR_KEYWORD for p in taken)
+    if not beside or {**given, **inputs.kwargs}.get("attention_mask") is not None:
         return None
     if tokens.dim() < 2 or tokens.shape[1] < 2:
         return None
@@ -60,8 +62,9 @@ def find_patch(dense: nn.Module, small: nn.Module, inputs: Inputs, taken: Inputs
     while (failed := _failing(small, taken, patch)) is not None:
         path, done = failed
         better = (
-            {**patch, name: {**patch.get(name, {}), path: value}}
-            for name, value in _smaller_integers(small.get_submodule(path))
+            {**patch, name: {**patch.get(name, {}), owner: value}}
+            for owner in _upward(path)
+            for name, value in _smaller_integers(small.get_submodule(owner))
             if next(tries, None) is not None
         )
         found = next((p for p in better if _is_further(_failing(small, taken, p), path, done)), None)
@@ -82,6 +85,12 @@ def _failing(small: nn.Module, inputs: Inputs, patch: Patch) -> tuple[str, int] 
 
 def _is_further(failed: tuple[str, int] | None, path: str, done: int) -> bool:
     return failed is None or (failed[0] != path and failed[1] > done)
+
+
+def _upward(path: str) -> list[str]:
+    """Return a module and all that hold it, the nearest first: what fails may be a layer, wrapped in an adapter."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
 
 
 def _smaller_integers(module: nn.Module) -> Iterator[tuple[str, int]]:

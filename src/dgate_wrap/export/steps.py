@@ -60,6 +60,11 @@ def _unflatten(w: Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) 
     args[2] = _sizes(w, node, args[2], args[1] % len(node.args[0].meta["val"].shape))  # type: ignore[union-attr]
 
 
+def _pairs(w: Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """Lay pairs of numbers side by side: behind a cut, one may begin at any place."""
+    args[0] = w.graph.call_function(torch.ops.aten.contiguous.default, (args[0],))
+
+
 def _axis(node: Node, position: int = 2) -> tuple[Node, int]:
     x = cast(Node, node.args[0])
     axis = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
@@ -235,9 +240,10 @@ def share_of(w: Writing, node: Node) -> float:
 
 RULES: dict[str, Callable[[Writing, Node, list[Any], dict[str, Any]], Any]] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape"), _view),
-    **dict.fromkeys(("expand", "new_zeros", "new_ones", "new_full", "new_empty"), _sized(1)),
-    **dict.fromkeys(("zeros", "ones", "full", "empty"), _sized(0)),
+    **dict.fromkeys(("expand", "new_zeros", "new_ones", "new_full"), _sized(1)),
+    **dict.fromkeys(("zeros", "ones", "full"), _sized(0)),
     "unflatten": _unflatten,
+    "view_as_complex": _pairs,
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
     "getitem": _pick,
     "slice": _slice,

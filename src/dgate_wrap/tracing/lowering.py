@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from .operations import has_rule
 from .parts import PARTS
 from .recorder import SAME
+from .slices import join_slices
 
 _aten: Any = torch.ops.aten
 
@@ -38,14 +39,14 @@ def lower(exported: ExportedProgram) -> ExportedProgram:
 
     The program that is given may be changed. Assertions, and what nothing needs, are left out.
     """
-    lowered = _lowered(exported.graph)
-    if lowered is None:
+    graph = _lowered(exported.graph)
+    if graph is None:
         exported._guards_code = []  # conditions on sizes, which a second trace would take minutes to write down
         exported = exported.run_decompositions(PARTS)
-        _clean(exported.graph)
-        exported.graph_module.recompile()
-    else:
-        exported.graph_module.graph = lowered
+        graph = exported.graph
+        _clean(graph)
+    join_slices(graph)
+    exported.graph_module.graph = graph
     return exported
 
 

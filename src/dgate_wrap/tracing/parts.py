@@ -97,6 +97,12 @@ def _scatter_rows(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     return torch.where(rows.unsqueeze(-1), picked, x)
 
 
+def _copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """Return what a tensor holds once another was copied into it: that, of its shape and dtype."""
+    source = source if source.dtype == x.dtype else source.to(x.dtype)
+    return source if source.shape == x.shape else source.expand(x.shape)
+
+
 PARTS: dict[Any, Callable[..., Any]] = {
     _aten.cdist.default: _distances,
     _aten._cdist_forward.default: _distances,
@@ -107,6 +113,7 @@ PARTS: dict[Any, Callable[..., Any]] = {
     _aten.index_fill.int_Tensor: _fill_at,
     _aten.index_put.default: _put,
     _aten.aminmax.default: _extremes,
+    _aten.copy.default: _copied,
     _aten.baddbmm.default: _add_products,
     _aten.addbmm.default: _add_sum,
     _aten.nansum.default: _sum_of_numbers,
