@@ -1664,7 +1664,7 @@ def test_a_trace_with_open_sizes_that_takes_too_long_is_done_without(monkeypatch
     model = dg.gate(Windowed(), "heads", example_inputs=x).eval()
     with torch.no_grad():
         all_gates(model)[0].gamma[1] = 0
-    monkeypatch.setattr(sys.modules[export_open.__module__], "PATIENCE", 0.0)
+    monkeypatch.setattr(sys.modules[export_open.__module__], "PATIENCE", (0.0, 0.0))
     exported = dg.export(model, x, latency=False)
     assert exported.report.rewritten == []
     [reason] = {k.reason.split(" (")[0] for k in exported.report.kept}

@@ -32,8 +32,8 @@ from .refusals import first_line, innermost, require_running, says_followed, unt
 from .rewrite import split_einsums
 from .settings import evaluating, forget_results, lstm_states, masks_as_given, quiet, same_random_numbers, unchanged
 
-PATIENCE = 50.0
-"""Seconds that a trace with open sizes may take; it is done without if it takes longer."""
+PATIENCE = 10.0, 0.02
+"""Seconds that a trace with open sizes may take, and how many more for each operation; else it is done without."""
 
 Kind = Literal["parameter", "buffer", "constant", "input"]
 
@@ -247,20 +247,21 @@ class _Positional(_Forward):
 
     def forward(self, *args: Any) -> list[Tensor]:
         count = len(args) - len(self._names)
-        with _Deadline(PATIENCE):
+        with _Deadline(*PATIENCE):
             return super().forward(*args[:count], **dict(zip(self._names, args[count:], strict=True)))
 
 
 class _Deadline(TorchFunctionMode):
-    """Ends a forward that takes too long."""
+    """Ends a forward that takes too long for its number of operations."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, each: float) -> None:
         super().__init__()
-        self._end = time.monotonic() + seconds
+        self._end, self._each = time.monotonic() + seconds, each
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if time.monotonic() > self._end:
             raise TimeoutError
+        self._end += self._each
         return func(*args, **(kwargs or {}))
 
 
