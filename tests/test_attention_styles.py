@@ -263,3 +263,62 @@ def test_convolutions_over_whole_words_lose_filters() -> None:
     assert exported.model.head.in_features == 6
     with torch.no_grad():
         assert torch.allclose(model(x), exported.model(x), rtol=1e-5, atol=1e-6)
+
+
+class Asking(nn.Module):
+    """Attention whose code reads the width of a head from an attribute, with a scale of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 8
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.size).transpose(1, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        q, k, v = (self.heads(f) for f in (self.q(x), self.k(y), self.v(y)))
+        return self.out(F.scaled_dot_product_attention(q, k, v, scale=self.size**-0.5).transpose(1, 2).flatten(2))
+
+
+class Fused(nn.Module):
+    """Attention with one projection, whose forward has to be written anew to lose a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, -1).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class LearnedQueries(nn.Module):
+    """Learned queries that attend to each other, which is the same for all inputs, and then to what is encoded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(1, 4, 16))
+        self.encode, self.among, self.ask, self.norm = Fused(), Asking(), Asking(), nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, queries = x + self.encode(x), self.tokens.expand(len(x), -1, -1)
+        queries = self.norm(queries + self.among(queries, queries))
+        return queries + self.ask(queries, x)
+
+
+def test_learned_queries_keep_the_scores_between_them() -> None:
+    model, x = LearnedQueries().eval(), torch.randn(2, 6, 16)
+    dg.gate(model, "heads", example_inputs=x)
+    with torch.no_grad():
+        for t in dg.gates.gated_tensors(model):
+            t.gates.gamma[0] = 0
+    exported = dg.export(model, x, latency=False)
+    small = exported.model
+    assert exported.report.removed == exported.report.pruning.dead == 2
+    assert exported.report.rewritten == ["encode"]
+    assert [small.among.q.out_features, small.ask.q.out_features] == [16, 8]
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x))
+    small(x).sum().backward()
+    assert small.among.k.weight.grad.any()

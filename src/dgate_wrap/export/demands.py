@@ -363,6 +363,7 @@ def _(family: Attention, node: Node, w: Vectors) -> None:
     w.link(query, -1, key, -1)
     if not (w.allowed.rewrite or node.kwargs.get("scale") is not None):
         w.keep_axis(query, -1, w.written_down(node, "scores are scaled by the width of queries and keys"))
+    w.grow(query, ndim - 1, w.facts.moves_scores(family), w.says(node, "it adds a constant to a sum"))
     w.link(value, -1, out, -1)
     w.link(query, -2, out, -2)
     w.link(key, -2, value, -2)

@@ -51,6 +51,7 @@ class Facts(Constants):
         self.units: dict[Node, list[tuple[Tensor, Tensor]]] = {}
         self._needed: dict[Node, list[Tensor]] = {}
         self._parts: dict[tuple[Node, Node, int, Node, int], bool] = {}
+        self._moving: dict[tuple[Node, Node], Tensor] = {}
         self.live: dict[Node, Any] = {n: full_mask(self.values.get(n), False) for n in self.nodes}
         for node in reversed(self.nodes):
             self._find_live(node)
@@ -110,6 +111,17 @@ class Facts(Constants):
         # or all that it reads is made elsewhere for several, as two biases that every layer adds to its scores
         elsewhere = all(owner(m) != owner(node) for m in (n, *fits))
         return elsewhere and back < -1 and not any(bool(g.any()) for g in gains.values())
+
+    def moves_scores(self, family: Attention) -> Tensor:
+        """Mark the channels whose constants add to scores that differ from key to key: those of learned queries, say.
+
+        What is the same for all keys, such as the product of two biases, leaves the softmax as it is.
+        """
+        query, key = family.query, family.key
+        if (query, key) not in self._moving:
+            moving = self.nonzero_constant(key) & ~self.steady(key, self.values[key].dim() - 2)
+            self._moving[query, key] = project(self.nonzero_constant(query), -1) & project(moving, -1)
+        return self._moving[query, key]
 
     def _is_score(self, node: Node) -> bool:
         """Tell whether a value is a product of activations, scaled perhaps."""
