@@ -6,6 +6,7 @@ each reads the whole tensor, the memory without values included, and puts a slic
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -37,24 +38,27 @@ def join_slices(graph: Graph) -> None:
 
     What memory without values holds is nobody's to count on, so it holds zeros.
     """
+    graph.eliminate_dead_code()  # what was there before a write
     for node in graph.nodes:
         if node.target in _ZEROS:
             node.target = _ZEROS[node.target]
             node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format" or "like" in str(node.target)}
     chains: dict[Node, tuple[int, list[tuple[int, _Piece]]]] = {}
-    for node in list(graph.nodes):
-        found = _written(node)
-        if found is None:
+    passing: set[Node] = set()
+    for node in graph.nodes:
+        if (found := _written(node)) is None:
             continue
         axis, start, end, piece = found
         whole = cast(Node, node.args[0])
-        before = chains.get(whole)
-        if before is None or before[0] != axis:
-            before = axis, [(0, _Piece(whole, 0, _size(whole, axis)))]
-        pieces = _put(before[1], start, end, piece)
-        joined = _concatenated(node, axis, pieces)
-        chains[joined] = axis, pieces
-        node.replace_all_uses_with(joined)
+        pieces = [(0, _Piece(whole, 0, _size(whole, axis)))]
+        if whole in chains and chains[whole][0] == axis:
+            pieces = chains[whole][1]
+            passing |= {whole} if len(whole.users) == 1 else set()
+        chains[node] = axis, _put(pieces, start, end, piece)
+    joined: dict[Node, Node] = {}
+    for node in [n for n in chains if n not in passing]:  # what one write hands to the next alone is never made
+        joined[node] = _concatenated(node, *chains[node], joined)
+        node.replace_all_uses_with(joined[node])
     graph.eliminate_dead_code()
 
 
@@ -97,7 +101,7 @@ def _put(pieces: list[tuple[int, _Piece]], start: int, end: int, piece: _Piece) 
     return sorted([*kept, (start, piece)], key=lambda found: found[0])
 
 
-def _concatenated(node: Node, axis: int, pieces: list[tuple[int, _Piece]]) -> Node:
+def _concatenated(node: Node, axis: int, pieces: list[tuple[int, _Piece]], joined: Mapping[Node, Node]) -> Node:
     """Make the nodes that lay pieces side by side, in front of the node that they stand for."""
     graph = node.graph
 
@@ -108,11 +112,12 @@ def _concatenated(node: Node, axis: int, pieces: list[tuple[int, _Piece]]) -> No
         return new
 
     def taken(piece: _Piece) -> Node:
+        source = joined.get(piece.node, piece.node)
         if piece.new:
-            return made(_aten.unsqueeze.default, (piece.node, axis))
-        if (piece.start, piece.end) == (0, _size(piece.node, axis)):
-            return piece.node
-        return made(_aten.slice.Tensor, (piece.node, axis, piece.start, piece.end))
+            return made(_aten.unsqueeze.default, (source, axis))
+        if (piece.start, piece.end) == (0, _size(source, axis)):
+            return source
+        return made(_aten.slice.Tensor, (source, axis, piece.start, piece.end))
 
     with graph.inserting_before(node):
         parts = [taken(piece) for _, piece in pieces]
