@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -356,10 +357,11 @@ def test_hidden_units_go_however_messages_are_summed(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_norms_whose_epsilon_is_that_of_their_dtype_are_compensated_exactly(dtype: torch.dtype) -> None:
+def test_norms_whose_epsilon_is_that_of_their_dtype_are_compensated_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, generator=generator, dtype=dtype)
     model = nn.Sequential(nn.Linear(5, 8, bias=False), nn.RMSNorm(8), nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 3))
+    fresh = copy.deepcopy(model).to(dtype)
     randomize(model, generator)
     dg.gate(model.to(dtype), "channels", example_inputs=x)
     gates = list(dict.fromkeys(t.gates for t in dg.gates.gated_tensors(model)))
@@ -370,8 +372,11 @@ def test_norms_whose_epsilon_is_that_of_their_dtype_are_compensated_exactly(dtyp
     assert exported.model[1].eps == 4 * torch.finfo(dtype).eps
     assert exported.model[3].eps is None
     assert "example times 0.001" in {p.name for p in exported.report.certificate.probes}
+    dg.save(exported, tmp_path)
+    loaded = dg.load(tmp_path, fresh)
     for scale in (1.0, 1e-2, 1e-4, 1e-6):
         torch.testing.assert_close(exported.model(scale * x), model(scale * x))
+        assert torch.equal(loaded(scale * x), exported.model(scale * x))
 
 
 class Normed(nn.Module):

@@ -236,7 +236,8 @@ def _check_weights(plan: Plan, weights: dict[str, Tensor], model: nn.Module) -> 
             held: Any = modules.get(name)
             for step in attribute.split("."):
                 held = getattr(held, step, None)
-            if type(held) is not type(value):
+            implied = held is None and attribute == "eps" and isinstance(modules.get(name), nn.RMSNorm)
+            if type(held) is not type(value) and not (implied and type(value) is float):
                 kind = type(value).__name__
                 raise _bad(f"the plan sets {name}.{attribute}, which is no {kind} here.", "a plan of this model")
     for path, scatter in plan.scatters.items():
