@@ -322,3 +322,31 @@ def test_learned_queries_keep_the_scores_between_them() -> None:
         torch.testing.assert_close(small(x), model(x))
     small(x).sum().backward()
     assert small.among.k.weight.grad.any()
+
+
+class Remembered(nn.Module):
+    """An LSTM, beside which a trace leaves no time open, and self-attention by torch's own layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(3, 8, batch_first=True), nn.Linear(8, 2)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.rnn(x)[0]
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return self.head(x + self.attention(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+def test_self_attention_behind_an_lstm_loses_heads_at_any_length() -> None:
+    model, x = Remembered().eval(), torch.randn(2, 5, 3)
+    dg.gate(model, "heads", example_inputs=x)
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[0] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.removed == 1
+    assert exported.report.rewritten == ["attention"]
+    for shape in ((2, 5, 3), (3, 9, 3), (1, 2, 3)):
+        other = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(exported.model(other), model(other))

@@ -126,8 +126,15 @@ def _running(model: nn.Module, inputs: Inputs) -> Generator[dict[str, Any]]:
 
 
 def _copied(tree: Any) -> Any:
-    """Copy the tensors of a tree: an activation in place writes to what a module before it gave."""
-    return pytree.tree_map_only(Tensor, Tensor.clone, tree)
+    """Copy the tensors of a tree, each once: an activation in place writes to what a module before it gave."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(x: Tensor) -> Tensor:
+        if id(x) not in copies:
+            copies[id(x)] = x.clone()
+        return copies[id(x)]
+
+    return pytree.tree_map_only(Tensor, copied, tree)
 
 
 def record_calls(model: nn.Module, inputs: Inputs, elsewhere: Iterable[Inputs] = ()) -> list[Call]:

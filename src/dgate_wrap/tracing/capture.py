@@ -204,7 +204,7 @@ def _export(model: nn.Module, call: nn.Module, inputs: Inputs) -> torch.export.E
 
 @contextlib.contextmanager
 def export_open(
-    model: nn.Module, inputs: Inputs, axes: Collection[tuple[int, int]] | None = None
+    model: nn.Module, inputs: Inputs, axes: Collection[tuple[int, int]] | None = None, *, as_given: bool = False
 ) -> Generator[tuple[torch.export.ExportedProgram, Inputs]]:
     """Export with every size of the inputs left open that the model leaves open, inside the settings of a capture.
 
@@ -212,6 +212,7 @@ def export_open(
         model: The model.
         inputs: Its inputs.
         axes: The axes whose sizes are left open, as `Inputs.sizes` names them; ``None`` for all.
+        as_given: Whether a tensor that is given several times (attention of ``x, x, x``) is one for the forward too.
 
     Raises:
         TimeoutError: If that takes longer than ``PATIENCE``: sizes of windows that are padded and cut again and again
@@ -229,7 +230,7 @@ def export_open(
     given = (*marked.args, *marked.kwargs.values())
     sizes = {"args": pytree.tree_map(left_open, given)}
     with _settings(model, inputs) as extra:
-        call = _Positional(model, extra, list(inputs.kwargs))
+        call = _Positional(model, extra, list(inputs.kwargs), _first_places(inputs.leaves()) if as_given else None)
         with unchanged(model), same_random_numbers(model):
             forget_results(model)
             exported = torch.export.export(call, given, dynamic_shapes=sizes, strict=False)
@@ -241,14 +242,25 @@ def export_open(
 class _Positional(_Forward):
     """A model that takes its keyword inputs as the last positional ones, whose sizes can be left open."""
 
-    def __init__(self, model: nn.Module, extra: dict[str, Any], names: list[str]) -> None:
+    def __init__(
+        self, model: nn.Module, extra: dict[str, Any], names: list[str], places: list[int] | None = None
+    ) -> None:
         super().__init__(model, extra)
-        self._names = names
+        self._names, self._places = names, places
 
     def forward(self, *args: Any) -> list[Tensor]:
+        if self._places is not None:
+            leaves, form = pytree.tree_flatten(args)
+            args = pytree.tree_unflatten([leaves[i] for i in self._places], form)
         count = len(args) - len(self._names)
         with _Deadline(*PATIENCE):
             return super().forward(*args[:count], **dict(zip(self._names, args[count:], strict=True)))
+
+
+def _first_places(leaves: list[Any]) -> list[int]:
+    """Return, per leaf, where the same tensor stands first."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(x), i) if isinstance(x, Tensor) else i for i, x in enumerate(leaves)]
 
 
 class _Deadline(TorchFunctionMode):

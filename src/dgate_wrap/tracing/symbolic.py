@@ -70,8 +70,10 @@ def capture_symbolic(
     return capture(model, inputs.args, inputs.kwargs), None
 
 
-def _capture_open(model: nn.Module, inputs: Inputs, axes: set[tuple[int, int]] | None) -> tuple[Trace, Symbolic]:
-    with _open_numbers(model), export_open(model, inputs, axes) as (exported, used):
+def _capture_open(
+    model: nn.Module, inputs: Inputs, axes: set[tuple[int, int]] | None, *, as_given: bool = False
+) -> tuple[Trace, Symbolic]:
+    with _open_numbers(model), export_open(model, inputs, axes, as_given=as_given) as (exported, used):
         split_einsums(exported.graph_module)
         follow = [n for n in exported.graph.nodes if reads_values(n)]
         reads = [n for n in follow if not any(map(reads_values, n.all_input_nodes))]
@@ -116,7 +118,7 @@ def capture_part(model: nn.Module, path: str, inputs: Inputs, span: list[Node]) 
     """
     module = model.get_submodule(path)
     with contextlib.suppress(Exception):
-        alone, symbolic = _capture_open(module, inputs, None)
+        alone, symbolic = _capture_open(module, inputs, None, as_given=True)
         pairs = _paired(alone, span)
         if pairs is None or any(_branches(inputs, *bounds) for bounds in symbolic.bounds):
             return None
