@@ -228,3 +228,31 @@ def test_tables_that_grow_with_the_inputs_are_saved_and_expanded_as_they_are(tmp
     assert len(loaded.table) == len(exported.model.table) == 9
     assert torch.equal(loaded(longer), expected)
     torch.testing.assert_close(dg.expand(exported, Growing())(longer), expected)
+
+
+class ReadsSizes(nn.Module):
+    """A residual attention whose code reads the width of heads off a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.start, self.end = 3, nn.Linear(4, 12), nn.Linear(12, 2)
+        self.q, self.k, self.v, self.out = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x)
+        shape = *x.shape[:2], self.heads, self.q.out_features // self.heads
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = (q @ k.mT).softmax(-1) @ v
+        return self.end(x + self.out(mixed.transpose(1, 2).flatten(2)))
+
+
+def test_code_reads_the_sizes_of_layers_that_are_gone_after_loading_too(tmp_path: Path) -> None:
+    model, x = ReadsSizes().eval(), torch.randn(2, 5, 4)
+    dg.gate(model, "blocks", example_inputs=x)
+    with torch.no_grad():
+        next(iter(dg.gates.gated_tensors(model))).gates.gamma.zero_()
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.gone == ["q", "k", "v", "out"]
+    loaded = dg.load(dg.save(exported, tmp_path), ReadsSizes().eval())
+    with torch.no_grad():
+        assert torch.equal(loaded(x), exported.model(x))

@@ -121,10 +121,13 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     for recipe in parsed.recipes.values():
         build_graph(recipe.steps)
     _check_weights(parsed, weights, model)
-    devices = {n: t.device for n, t in _state(model).items()}
+    state = _state(model)
+    devices = {n: t.device for n, t in state.items()}
     home = next(iter(devices.values()), torch.device("cpu"))
     modes = {n: m.training for n, m in model.named_modules()}
-    small = parsed.apply(model.eval(), {n: t.to(devices.get(n, home)) for n, t in weights.items()})
+    given = {n: t.to(devices.get(n, home)) for n, t in weights.items()}
+    given |= {n: cut.apply(state[n]) for n, cut in parsed.cuts.items() if n in {*state} - {*given}}  # for their sizes
+    small = parsed.apply(model.eval(), given)
     for name, module in small.named_modules():  # in train mode, to read a spectrally normalized weight changes it
         module.training = modes.get(name, modes[""])
     flatten_(small)
