@@ -869,3 +869,30 @@ def test_positions_that_a_mask_fills_do_not_hold_channels_back(value: float) -> 
     exported = dg.export(model, x, latency=False)
     assert exported.model.conv.weight.shape == (4, 3, 3, 3)
     assert not exported.report.kept
+
+
+class Neighbours(nn.Module):
+    """Averages over the neighbours in a graph whose adjacency is given, sparse perhaps (Kipf and Welling, 2017)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(6, 16)), nn.Parameter(torch.randn(16, 3))
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        x = torch.spmm(adjacency, torch.mm(x, self.first)).relu()
+        return torch.spmm(adjacency, torch.mm(x, self.second))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo, torch.sparse_csr])
+def test_units_go_beside_sparse_inputs(layout: torch.layout) -> None:
+    model, x = Neighbours(), torch.randn(8, 6)
+    dense = (torch.rand(8, 8) > 0.6).float() + torch.eye(8)
+    adjacency = dense if layout == torch.strided else dense.to_sparse(layout=layout)
+    dg.gate(model, "channels", example_inputs=(x, adjacency))
+    with torch.no_grad():
+        next(iter(dg.gates.gated_tensors(model))).gates.gamma[:5] = 0
+    exported = dg.export(model, (x, adjacency), latency=False)
+    assert exported.report.removed == exported.report.pruning.dead == 5
+    with torch.no_grad():
+        torch.testing.assert_close(exported.model(x, adjacency), model(x, adjacency))

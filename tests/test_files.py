@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from collections.abc import Callable
@@ -256,3 +257,34 @@ def test_code_reads_the_sizes_of_layers_that_are_gone_after_loading_too(tmp_path
     loaded = dg.load(dg.save(exported, tmp_path), ReadsSizes().eval())
     with torch.no_grad():
         assert torch.equal(loaded(x), exported.model(x))
+
+
+class Listed(nn.Module):
+    """Walks through its blocks by a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(3)]
+        self.registered, self.stacks = nn.ModuleList(blocks), [blocks[:1], blocks[1:]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stack in self.stacks:
+            for block in stack:
+                x = x + block(x)
+        return x
+
+
+def test_blocks_that_code_reaches_by_a_list_are_gone_after_loading_too(tmp_path: Path) -> None:
+    model, x = Listed().eval(), torch.randn(3, 4)
+    dg.gate(model, "blocks", example_inputs=x)
+    with torch.no_grad():
+        for t in dg.gates.gated_tensors(model):
+            if t.name.startswith("registered.1."):
+                t.gates.gamma.zero_()
+    exported = dg.export(model, x, latency=False)
+    assert "registered.1" in exported.report.gone
+    loaded = dg.load(dg.save(exported, tmp_path), Listed().eval())
+    with torch.no_grad():
+        torch.testing.assert_close(exported.model(x), model(x))
+        for copied in (loaded, copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+            assert torch.equal(copied(x), exported.model(x))

@@ -490,3 +490,17 @@ def test_every_model_of_the_zoo_trains_while_gated() -> None:
             optimizer.step()
             losses.append(loss.item() + dg.Penalty(model, 0.1).value())
         assert losses[-1] < losses[0], entry.name
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_parameters_of_traced_submodules_are_refused_and_others_are_gated() -> None:
+    def build() -> nn.Module:
+        inner = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+        return nn.Sequential(nn.Linear(4, 6), torch.jit.trace(inner, torch.randn(2, 6)), nn.Linear(6, 2))
+
+    with pytest.raises(dg.GateError, match=r"'1\.0\.weight' is in a ScriptModule"):
+        dg.gate(build(), "weights")
+    model, x = build(), torch.randn(3, 4)
+    before = model(x)
+    dg.gate(model, "neurons", include="0.*")
+    assert torch.equal(model(x), before)

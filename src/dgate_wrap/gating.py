@@ -268,6 +268,8 @@ def _check_parameters(model: nn.Module, names: set[str]) -> None:
     """Raise one error that lists every parameter which cannot carry a gate; the model has none yet."""
     parameters = dict(model.named_parameters())
     parametrized, twins = _parametrized(model), _twins(parameters)
+    scripts = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+    scripted = {id(p) for m in scripts for p in m.parameters(recurse=False)}
     bad: list[str] = []
     for n in sorted(names):
         if n in parametrized:
@@ -278,6 +280,8 @@ def _check_parameters(model: nn.Module, names: set[str]) -> None:
             bad.append(f"{n!r} is on the meta device and has no values")
         elif not p.is_floating_point():
             bad.append(f"{n!r} is of {p.dtype}")
+        elif id(p) in scripted:
+            bad.append(f"{n!r} is in a ScriptModule, whose code is fixed")
         elif type(p.data) is not Tensor:
             bad.append(f"{n!r} is a {type(p.data).__name__}, sharded or wrapped")
         elif n in twins:
@@ -340,6 +344,8 @@ def _hosts(
     hosts: dict[str, list[tuple[nn.Module, str]]] = {}
     orders: dict[int, tuple[str, ...]] = {}
     for prefix, module in plain.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # whose parameters no gate can be put on
+            continue
         own = model.get_submodule(prefix)
         orders[id(own)] = tuple(module._parameters)
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):

@@ -88,8 +88,11 @@ class Constants:
         return self._maps[node]
 
     def zero(self, node: Node) -> Tensor:
-        """Mark the elements that are known to be zero."""
-        return ~self.unknown[node] & (self.values[node] == 0)
+        """Mark the elements that are known to be zero; none of a sparse tensor."""
+        value = self.values[node]
+        if value.layout != torch.strided:
+            return torch.zeros_like(self.unknown[node])
+        return ~self.unknown[node] & (value == 0)
 
     def nonzero_constant(self, node: Node) -> Tensor:
         """Mark the elements that are known, and not zero."""
@@ -99,6 +102,8 @@ class Constants:
         """Mark the elements that are known, and the same all along an axis; that axis has size 1 in the result."""
         value = self.values[node]
         known = ~along(self.unknown[node], axis)
+        if value.layout != torch.strided:
+            return torch.zeros_like(known)
         if not value.is_floating_point() or value.shape[axis] == 0:
             return known & (value == value.narrow(axis, 0, 1)).all(axis, keepdim=True) if value.numel() else known
         low, high = value.amin(axis, keepdim=True), value.amax(axis, keepdim=True)
