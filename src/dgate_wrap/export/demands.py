@@ -562,7 +562,7 @@ def _demand_groups(w: Vectors, family: Contraction, node: Node) -> None:
 def uniform(node: Node) -> bool:
     """Tell whether a creation gives the same value everywhere, so that any size of it will do."""
     name = operation(node).removeprefix("aten.").removeprefix("new_")
-    return name in ("zeros", "ones", "full", "empty", "scalar_tensor")
+    return name in ("zeros", "ones", "full", "scalar_tensor")
 
 
 def some_weight(facts: Facts, node: Node) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 from torch.fx import Node
 
 from .capture import Trace
-from .operations import varying_nodes
 
 
 class FixedValues:
@@ -17,11 +17,12 @@ class FixedValues:
 
     Args:
         trace: The traced model, on any device.
+        varying: Its nodes that depend on inputs.
     """
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, varying: Iterable[Node]) -> None:
         self._trace = trace
-        self._values: dict[Node, Any] = dict.fromkeys(varying_nodes(trace))
+        self._values: dict[Node, Any] = dict.fromkeys(varying)
 
     def __call__(self, node: Node) -> Any:
         """Return the value of a node; ``None`` if it varies, or cannot be known (the meta device)."""

@@ -147,7 +147,7 @@ def _complex(node: Node, varying: frozenset[Node]) -> Family | None:
 _MOVES = names(
     """
     view reshape permute transpose t numpy_T mT mH adjoint unsqueeze squeeze expand expand_as view_as slice select
-    split split_with_sizes chunk unbind flatten unflatten movedim narrow diagonal slice_scatter select_scatter copy
+    split split_with_sizes chunk unbind flatten unflatten movedim narrow diagonal slice_scatter select_scatter
     constant_pad_nd pad reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
     replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
     _upsample_nearest_exact2d _upsample_nearest_exact3d pixel_shuffle pixel_unshuffle

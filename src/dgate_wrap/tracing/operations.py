@@ -39,8 +39,7 @@ COPIES = names("clone contiguous _to_copy to alias detach")
 """Operations that give what they are given."""
 _CREATIONS = names(
     """
-    zeros ones full arange empty scalar_tensor eye linspace tril_indices triu_indices new_zeros new_ones new_full
-    new_empty
+    zeros ones full arange scalar_tensor eye linspace tril_indices triu_indices new_zeros new_ones new_full
     """
 )
 _RULES: dict[str, OpRule] = {

@@ -82,7 +82,7 @@ class Provenance:
         """Word of every element of every value that was reached; a list of tensors where a node has several results."""
         self._sets: list[frozenset[int]] = [frozenset()]
         self._number: dict[frozenset[int], int] = {frozenset(): NOTHING}
-        self._fixed = FixedValues(flow.trace)
+        self._fixed = FixedValues(flow.trace, flow.varying)
 
     def word(self, origins: Iterable[int]) -> int:
         """Return the word of a set of origins."""

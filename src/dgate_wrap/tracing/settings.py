@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import operator
 import random
 import warnings
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,28 +105,25 @@ def full_precision() -> Generator[None]:
     where they disagree with the new ones.
     """
     backends: Any = torch.backends
-    modern = hasattr(backends.cuda.matmul, "fp32_precision")
-    switches: list[tuple[Any, str, Any]] = []
-    if modern:
+    settings: list[tuple[Callable[[Any], None], Any, Any]] = []  # how each is set, to what, and what it was
+    with contextlib.suppress(RuntimeError):
+        settings.append((torch.set_float32_matmul_precision, "highest", torch.get_float32_matmul_precision()))
+    with contextlib.suppress(RuntimeError):
+        now = backends.cudnn.allow_tf32
+        settings.append((functools.partial(setattr, backends.cudnn, "allow_tf32"), False, now))
+    if hasattr(backends.cuda.matmul, "fp32_precision"):  # set last: it decides
         parts = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
         parts += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
-        switches = [(part, "fp32_precision", part.fp32_precision) for part in parts]
-    products: str | None = None
-    with contextlib.suppress(RuntimeError):
-        switches.insert(0, (backends.cudnn, "allow_tf32", backends.cudnn.allow_tf32))
-    with contextlib.suppress(RuntimeError):
-        products = torch.get_float32_matmul_precision()
+        settings += [
+            (functools.partial(setattr, part, "fp32_precision"), "ieee", part.fp32_precision) for part in parts
+        ]
     try:
-        if products is not None:
-            torch.set_float32_matmul_precision("highest")
-        for part, name, _ in switches:
-            setattr(part, name, "ieee" if name == "fp32_precision" else False)
+        for put, value, _ in settings:
+            put(value)
         yield
     finally:
-        if products is not None:
-            torch.set_float32_matmul_precision(products)
-        for part, name, value in switches:
-            setattr(part, name, value)
+        for put, _, before in settings:
+            put(before)
 
 
 @contextlib.contextmanager

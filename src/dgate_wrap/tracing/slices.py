@@ -7,7 +7,7 @@ each reads the whole tensor, the memory without values included, and puts a slic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -43,14 +43,14 @@ def join_slices(graph: Graph) -> None:
         if node.target in _ZEROS:
             node.target = _ZEROS[node.target]
             node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format" or "like" in str(node.target)}
-    chains: dict[Node, tuple[int, list[tuple[int, _Piece]]]] = {}
+    chains: dict[Node, tuple[int, list[_Piece]]] = {}
     passing: set[Node] = set()
     for node in graph.nodes:
         if (found := _written(node)) is None:
             continue
         axis, start, end, piece = found
         whole = cast(Node, node.args[0])
-        pieces = [(0, _Piece(whole, 0, _size(whole, axis)))]
+        pieces = [_Piece(whole, 0, _size(whole, axis))]
         if whole in chains and chains[whole][0] == axis:
             pieces = chains[whole][1]
             passing |= {whole} if len(whole.users) == 1 else set()
@@ -88,20 +88,22 @@ _NAMES = {
 }
 
 
-def _put(pieces: list[tuple[int, _Piece]], start: int, end: int, piece: _Piece) -> list[tuple[int, _Piece]]:
-    """Return pieces, each with where it begins, after one was laid over them."""
-    kept: list[tuple[int, _Piece]] = []
-    for place, old in pieces:
+def _put(pieces: list[_Piece], start: int, end: int, piece: _Piece) -> list[_Piece]:
+    """Return pieces that lie side by side, after one was laid over them."""
+    before: list[_Piece] = []
+    after: list[_Piece] = []
+    place = 0
+    for old in pieces:
         last = place + old.end - old.start
         if place < start:
-            kept.append((place, _Piece(old.node, old.start, old.start + min(last, start) - place, old.new)))
+            before.append(replace(old, end=old.start + min(last, start) - place))
         if last > end:
-            first = max(place, end)
-            kept.append((first, _Piece(old.node, old.start + first - place, old.end, old.new)))
-    return sorted([*kept, (start, piece)], key=lambda found: found[0])
+            after.append(replace(old, start=old.start + max(place, end) - place))
+        place = last
+    return [*before, piece, *after]
 
 
-def _concatenated(node: Node, axis: int, pieces: list[tuple[int, _Piece]], joined: Mapping[Node, Node]) -> Node:
+def _concatenated(node: Node, axis: int, pieces: list[_Piece], joined: Mapping[Node, Node]) -> Node:
     """Make the nodes that lay pieces side by side, in front of the node that they stand for."""
     graph = node.graph
 
@@ -120,5 +122,5 @@ def _concatenated(node: Node, axis: int, pieces: list[tuple[int, _Piece]], joine
         return made(_aten.slice.Tensor, (source, axis, piece.start, piece.end))
 
     with graph.inserting_before(node):
-        parts = [taken(piece) for _, piece in pieces]
+        parts = [taken(piece) for piece in pieces]
         return parts[0] if len(parts) == 1 else made(_aten.cat.default, (parts, axis))

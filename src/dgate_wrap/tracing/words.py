@@ -39,7 +39,7 @@ class Words:
         self.makers = self._find_makers()
         self._axes: dict[tuple[Any, ...], Tensor] = {}
         """Labels along axes of a weight, as its first use gave them; later uses are united with them."""
-        self._fixed = FixedValues(trace)
+        self._fixed = FixedValues(trace, self.varying)
         self.cancelled: set[Node] = set()
         """Values that are zero whatever the inputs, such as a mask times zeros."""
         self._inputs: list[Tensor] = []
