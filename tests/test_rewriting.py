@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import json
 import pickle
 import sys
@@ -12,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -1903,3 +1904,243 @@ def test_code_that_counts_its_groups_follows_and_other_code_keeps_them(groups: i
         probe = torch.randn(size, 4, 11)
         with torch.no_grad():
             assert torch.allclose(model(probe), small(probe), rtol=1e-5, atol=1e-6)
+
+
+class Steep(nn.Module):
+    """A residual block that does something else in training, in its own code and in a module without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.jump = nn.Conv2d(8, 8, 3, padding=1), Jump()
+
+    def forward(self, x: Tensor, scale: float = 1.0, *, extra: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        y = F.relu(self.conv(x)) * scale
+        y = y if extra is None else y + extra["x"]
+        return {"out": x + self.jump(y * 2 if self.training else y)}
+
+
+class Jump(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand(x.shape[0], 1, 1, 1) if self.training else x
+
+
+class Literal(nn.Module):
+    """A classifier with a size in its code, and more methods than its forward."""
+
+    p = 0.0
+
+    def __init__(self, last: type[nn.Module] = Steep) -> None:
+        super().__init__()
+        self.stem, self.first, self.last = nn.Conv2d(1, 8, 3), Steep(), last()
+        self.norm, self.head = nn.BatchNorm1d(288), nn.Linear(288, 3)
+
+    def train(self, mode: bool = True) -> Literal:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(F.relu(self.stem(x)), 2.0)["out"]
+        x = self.last(x, extra={"x": x})["out"]
+        return self.head(F.dropout(self.norm(x.view(-1, 288)), self.p, self.training))
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self(x).argmax(1)
+
+
+class TwiceLiteral(Steep):
+    """A block with a size in its code too."""
+
+    def forward(self, x: Tensor, scale: float = 1.0, *, extra: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        return super().forward(x.view(-1, 8, 6, 6), scale, extra=extra)
+
+
+def literal(last: type[nn.Module] = Steep, p: float = 0.0) -> tuple[nn.Module, dg.Exported, Tensor]:
+    torch.manual_seed(0)
+    net, x = Literal(last).double(), torch.randn(4, 1, 8, 8, dtype=torch.double)
+    net.p = p
+    dg.gate(net, "channels", example_inputs=x)
+    kill_every_second(net)
+    return net, dg.export(net, x, latency=False), x
+
+
+def test_a_forward_written_anew_calls_the_modules_in_it_which_keep_their_code(tmp_path: Path) -> None:
+    net, out, x = literal()
+    assert out.report.rewritten == [""]
+    assert out.report.removed == out.report.pruning.dead
+    loaded = dg.load(dg.save(out, tmp_path / "small"), Literal().double())
+    for small in (out.model, loaded, pickle.loads(pickle.dumps(out.model)), copy.deepcopy(out.model)):
+        assert type(small.first) is Steep
+        outputs: list[Tensor] = []
+        for mode, model in ((m, n) for m in (False, True) for n in (net, small)):
+            torch.manual_seed(1)
+            outputs.append(model.train(mode)(x))
+        torch.testing.assert_close(outputs[1], outputs[0])
+        torch.testing.assert_close(outputs[3], outputs[2])
+        assert not torch.allclose(outputs[2], outputs[0])
+
+
+def test_a_forward_written_anew_keeps_the_class_its_methods_and_its_signature() -> None:
+    net, out, x = literal()
+    small: Any = out.model.eval()
+    assert isinstance(small, Literal)
+    assert "stands for Literal" in repr(small)
+    assert torch.equal(small.predict(x), cast(Any, net.eval()).predict(x))
+    assert not small.train().norm.training
+    assert small.training
+    assert [*inspect.signature(small.forward).parameters] == ["x"]
+
+
+def test_dropout_that_a_forward_does_by_itself_follows_its_mode_when_written_anew() -> None:
+    _, out, x = literal(p=0.5)
+    small = out.model.eval()
+    assert torch.equal(small(x), small(x))
+    small.training = True
+    assert not torch.equal(small(x), small(x))
+
+
+def test_a_module_in_a_forward_written_anew_is_written_anew_too_where_it_cannot_follow(tmp_path: Path) -> None:
+    _net, out, x = literal(TwiceLiteral)
+    assert out.report.rewritten == ["", "last"]
+    assert out.report.removed == out.report.pruning.dead
+    assert type(out.model.get_submodule("first")) is Steep
+    assert isinstance(out.model.get_submodule("last"), TwiceLiteral)
+    loaded = dg.load(dg.save(out, tmp_path / "small"), Literal(TwiceLiteral).double())
+    assert torch.equal(loaded.eval()(x[:2]), out.model.eval()(x[:2]))
+
+
+class OtherTimes(TwiceLiteral):
+    """A block that cannot be written anew by itself: it is called in two ways."""
+
+
+class CallsTwice(Literal):
+    def __init__(self) -> None:
+        super().__init__(OtherTimes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(F.relu(self.stem(x)))["out"]
+        x = self.last(self.last(x, 0.5)["out"], extra={"x": x})["out"]
+        return self.head(x.view(-1, 288))
+
+
+def test_what_cannot_be_written_anew_by_itself_is_done_by_the_forward_around_it() -> None:
+    torch.manual_seed(0)
+    net, x = CallsTwice().double(), torch.randn(4, 1, 8, 8, dtype=torch.double)
+    dg.gate(net, "channels", example_inputs=x)
+    kill_every_second(net)
+    out = dg.export(net, x, latency=False)
+    assert out.report.rewritten == [""]
+    assert out.report.removed == out.report.pruning.dead
+    assert type(out.model.get_submodule("first")) is Steep
+
+
+class DropsPath(Attention):
+    """Stochastic depth beside an attention that cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.jump = Sometimes()
+
+    def forward(self, x: Tensor, *, causal: bool = True) -> Tensor:
+        return x + self.jump(super().forward(x, causal=causal))
+
+
+class Sometimes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand(x.shape[0], 1, 1) if self.training else x
+
+
+def test_modules_that_do_nothing_in_eval_mode_stay_in_a_forward_written_anew() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(DropsPath(), nn.Linear(12, 2)), torch.randn(2, 5, 12)
+    dg.gate(net, "heads", example_inputs=x)
+    all_gates(net)[0].gamma.data[0] = 0
+    out = dg.export(net, x, latency=False)
+    assert out.report.rewritten == ["0"]
+    for module in (net.train(), out.model.train()):
+        cast(Any, module[0]).dropout.p = 0.0
+    torch.manual_seed(1)
+    expected = net(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(out.model(x), expected)
+    assert not torch.equal(out.model(x), expected)
+
+
+class Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+class Unlike(nn.Module):
+    """A classifier with a size in its code, that does something else in training, or going back."""
+
+    def __init__(self, how: str, *, embeds: bool) -> None:
+        super().__init__()
+        self.how, self.embeds = how, embeds
+        self.table, self.mean = nn.Embedding(9, 8), nn.Buffer(torch.zeros(6))
+        self.first, self.last = nn.Linear(8, 6), nn.Linear(12, 3)
+        self.late = nn.Sequential(nn.Linear(3, 3), Rough(how))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.table(x) if self.embeds else x).relu()
+        if self.how == "scale" and self.training:
+            x = x * 2
+        if self.how == "fails" and self.training:
+            raise RuntimeError("no targets")
+        if self.how == "counts" and self.training:
+            self.mean += x.mean((0, 1))
+        if self.how == "turns":
+            x = Backward.apply(x)
+        if self.how == "stops":
+            with torch.no_grad():
+                x = x * 1
+        if self.how == "drops":
+            x = F.dropout(x, 0.5, self.training)
+        return self.late(self.last(x.reshape(-1, 12)))
+
+
+class Rough(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x) if self.how == "inside" and self.training else x
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+@pytest.mark.parametrize(
+    ("how", "untrained", "apart"),
+    [
+        *(("", [], False), ("inside", [], False), ("drops", [], False)),
+        *(("scale", [""], False), ("fails", [""], False), ("counts", [""], False)),
+        *(("turns", [], True), ("stops", [], True)),
+    ],
+)
+def test_what_a_forward_written_anew_loses_of_training_is_told(
+    how: str, untrained: list[str], apart: bool, embeds: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = Unlike(how, embeds=embeds)
+    x = torch.randint(9, (4, 2)) if embeds else torch.randn(4, 2, 8)
+    dg.gate(net, "neurons", include="first.*")
+    all_gates(net)[0].gamma.data[::2] = 0
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    asked = [p.requires_grad for p in net.parameters()]
+    out = dg.export(net, x, latency=False)
+    certificate = out.report.certificate
+    assert out.report.rewritten == [""]
+    assert certificate.untrained == untrained
+    assert (certificate.gradient_error or 0.0) > 1e-3 if apart else certificate.gradient_error == pytest.approx(0)
+    assert ("gradients differ" in str(out.report)) == apart
+    assert ("in training than in eval mode" in str(out.report)) == bool(untrained)
+    assert [p.requires_grad for p in net.parameters()] == asked
+    assert all(p.requires_grad for p in out.model.parameters())
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    written = json.loads((Path(dg.save(out, tmp_path / "small")) / "plan.json").read_text())
+    assert written["certificate"]["untrained"] == untrained

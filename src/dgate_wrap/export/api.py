@@ -32,6 +32,7 @@ from .report import Kept, Report, Size, find_kept, latencies, measure
 from .search import Found, differing, smallest
 from .selection import reduced
 from .subject import Subject
+from .uses import gradient_error, lost_in_training
 from .verify import Verifier, finite, run, to_double
 
 _LARGE = 2 * 2**30
@@ -180,6 +181,8 @@ def export(
         certificate = _check_batches(verifier, found, batches, example_kwargs)
         certificate = verifier.check_arguments(found.small, certificate, found.plan.taken)
         clock.seconds["verification"] += verifier.preparing + verifier.checking
+        with clock("verification"):
+            certificate = _look_at_training(dense, found, inputs, certificate)
         taken = [reduced(x, found.small, found.plan.taken) for x in verifier.inputs]
         with clock("report"):
             config = express(dense, found.small, taken)
@@ -287,6 +290,18 @@ def _check_batches(
             raise
         path = differing(found.subject, found.exact, found.widths, found.plan, verifier.mismatch)
         raise verifier.mismatch.error(path) from e
+
+
+def _look_at_training(dense: nn.Module, found: Found, inputs: Inputs, certificate: Certificate) -> Certificate:
+    """See what is lost in training of the code of modules whose forward is written anew."""
+    if not found.plan.recipes:
+        return certificate
+    untrained = lost_in_training(dense, found.plan.recipes, inputs)
+    if weight_bytes(dense) > _LARGE:
+        return replace(certificate, untrained=untrained)
+    here = found.subject.inputs
+    apart = gradient_error(found.subject.model, found.exact, (here, reduced(here, found.exact, found.plan.taken)))
+    return replace(certificate, untrained=untrained, gradient_error=apart)
 
 
 def _dead_groups(tensors: list[GatedTensor]) -> dict[int, Tensor]:

@@ -48,6 +48,11 @@ class Certificate:
         arguments: Other flags and numbers than the example's, and than the defaults of arguments that it leaves
             out. They are compared and not required to be equal: what the example does not use may have been cut.
         left_out: Arguments that the example leaves out and that nothing could be tried for, such as a mask.
+        untrained: Of the modules whose forward was written anew, those whose own code does something in training that
+            is lost, other than dropout: that forward is the one of eval mode.
+        gradient_error: Where a forward was written anew, how far gradients at the inputs (or tables of embeddings) lie
+            apart in eval mode, relative to the largest: a ``torch.autograd.Function``, ``no_grad`` and hooks of tensors
+            are lost in it. ``None`` if that was not compared.
     """
 
     max_error: dict[str, float]
@@ -65,6 +70,8 @@ class Certificate:
     dynamic: str = "all"
     arguments: list[Probe] = field(default_factory=list[Probe])
     left_out: list[str] = field(default_factory=list[str])
+    untrained: list[str] = field(default_factory=list[str])
+    gradient_error: float | None = None
 
     @property
     def others(self) -> list[str]:

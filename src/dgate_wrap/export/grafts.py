@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..tracing import Inputs
 from ..tracing.capture import all_tensors
 from ..tracing.origins import owners
 from ..tracing.symbolic import Symbolic, capture_part
+from .children import Children
 from .culprits import APART, Call, same_value
 from .dead import Branch
 from .plan import Draft, Permissions, Plan
@@ -105,6 +107,7 @@ class Grafts:
         self._rewriter = Rewriter(symbolic, widths, permissions, self._layers)
         self._new_biases = plan.new_biases
         self._spans = spans(symbolic.graph)
+        self._children = Children(model, calls, self.facts)
         self._silent: set[str] = set()
         """Modules whose new forward does not give all that the old one gave."""
 
@@ -115,18 +118,24 @@ class Grafts:
         """Write the forward of a module anew, or else of the next one around it; ``None`` if none can be.
 
         None can of a module that the graph does not show: nobody needs what it gives. If it fails for want of what a
-        forward that was written anew gives no more, as nobody needs that, the one around both leaves it out.
+        forward that was written anew gives no more, as nobody needs that, the one around both leaves it out. Where the
+        next one around is written anew already and calls it, it does what is in it by itself from then on.
 
         Modules of the same class that something is cut of are written anew with it.
         """
         beside = [p.rpartition(".")[0] for p in self._silent if draft.covers(p)]
         led = any(f"{path}.".startswith(f"{p}." if p else p) for p in beside)
         step: str | None = path if led or path in self._spans else None
+        inlined: set[str] = set()
         while step is not None:
-            if step in self._spans and not draft.covers(step):
+            if step in self._spans and (not draft.covers(step) or step in draft.plan.recipes):
                 with contextlib.suppress(UnwritableError):
-                    draft = draft.grafted(step, *self.write(step))
-                    break
+                    more = draft.inlining(inlined)
+                    recipe, constants = self.write(step, more.inlined)
+                    if recipe != draft.plan.recipes.get(step):
+                        draft = more.grafted(step, recipe, constants)
+                        break
+            inlined.add(step)
             step = step.rpartition(".")[0] if step else None
         if step is None:
             return None
@@ -134,7 +143,7 @@ class Grafts:
             alike = type(module) is type(self._modules[step]) and not draft.covers(other)
             if alike and any(not self._whole(n) for span in self._spans.get(other, {}).values() for n in span):
                 with contextlib.suppress(UnwritableError):
-                    draft = draft.grafted(other, *self.write(other))
+                    draft = draft.grafted(other, *self.write(other, draft.inlined))
         return draft
 
     def without(self, draft: Draft, branches: Iterable[Branch]) -> Draft:
@@ -161,8 +170,12 @@ class Grafts:
         twin = self.symbolic.twins.get(node)
         return twin is None or all(self._widths.full(o) for o in self.facts.outputs(twin) if o in self._widths.keep)
 
-    def write(self, path: str) -> tuple[Recipe, dict[str, Tensor]]:
-        """Write the forward of a module anew.
+    def write(self, path: str, inlined: Collection[str] = ()) -> tuple[Recipe, dict[str, Tensor]]:
+        """Write the forward of a module anew; it calls those within it of which the graph shows all they take and give.
+
+        Args:
+            path: The module.
+            inlined: Modules that it does not call.
 
         Returns:
             The recipe, and its constants.
@@ -178,7 +191,9 @@ class Grafts:
             raise UnwritableError(f"{path or 'the model'} is called {len(found)} times, and traced {len(traced)} times")
         calls = list(enumerate(zip(found, traced, strict=True)))
         try:
-            written = [self._write(path, call, *self._graph(path, call, i, nodes)) for i, (call, nodes) in calls]
+            written = [
+                self._write(path, call, *self._graph(path, call, i, nodes), inlined) for i, (call, nodes) in calls
+            ]
         except UndescribableError as e:
             raise UnwritableError(f"{path or 'the model'} takes or returns {e}") from e
         recipe, constants = written[0]
@@ -197,7 +212,9 @@ class Grafts:
         [nodes] = spans(alone.graph)[path].values()
         return Rewriter(alone, self._widths, self._permissions, self._layers), nodes
 
-    def _write(self, path: str, call: Call, rewriter: Rewriter, nodes: list[Node]) -> tuple[Recipe, dict[str, Tensor]]:
+    def _write(
+        self, path: str, call: Call, rewriter: Rewriter, nodes: list[Node], inlined: Collection[str]
+    ) -> tuple[Recipe, dict[str, Tensor]]:
         twins, inside = rewriter.symbolic.twins, set(nodes)
         given: list[Tensor] = []
         leaves, form = pytree.tree_flatten(call.arguments)
@@ -224,7 +241,15 @@ class Grafts:
             return x
 
         gives = describe_tree(pytree.tree_map(find, call.result), [])
-        part: Part = rewriter.write(nodes, inputs, outputs, self._names(path), numbers)
+        names = self._names(path)
+        known = [n for same in inputs for n in same]
+        children = self._children.of(call, nodes, twins, known, outputs, inlined)
+        children = [c for c in children if c.path in names]
+        write = functools.partial(rewriter.write, nodes, inputs, outputs, names, numbers)
+        try:
+            part = write(children)
+        except UnwritableError:  # does it all by itself, then
+            part = write()
         placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
         takes = without_unread(takes, {i for i, n in enumerate(placeholders[: len(inputs)]) if n.users})
         shapes = {n: list(t.shape) for n, t in part.constants.items()}
@@ -241,7 +266,7 @@ class Grafts:
         used = {n.target for n in part.graph.nodes if n.op == "get_attr"}
         called = {str(n.target) for n in part.graph.nodes if n.op == "call_module"}
         read = {s.name for n, s in self.facts.trace.sources.items() if n.users and s.kind in ("parameter", "buffer")}
-        stays = {n: n in used or n.rpartition(".")[0] in called for n, _ in all_tensors(module)}
+        stays = {n: n in used or any(n.startswith(f"{c}.") for c in called) for n, _ in all_tensors(module)}
         names = [n for n, t in all_tensors(module) if self._first[id(t)] in read]
         left = {n.rpartition(".")[0] for n in names if stays[n]}
         emptied = {n.rpartition(".")[0] for n in names} - left - {""}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from ..tracing.operations import shape_of
 from ..tracing.origins import owner
 from .cuts import Cut, by_group, cut_axes, indices
 from .demands import norms
-from .recipes import Recipe, Rewritten
+from .recipes import Recipe, Rewritten, rewritten
 from .scatter import Scatter, filled_name, find_scatters
 from .selection import SelectInputs
 from .vectors import Columns
@@ -82,7 +82,7 @@ class Plan:
         for path, recipe in self.recipes.items():
             prefix = f"{path}." if path else ""
             module = model.get_submodule(path)
-            graft = Rewritten(module, recipe, {c: tensors[prefix + c] for c in recipe.constants})
+            graft = rewritten(module, recipe, {c: tensors[prefix + c] for c in recipe.constants})
             places = [(m, leaf) for m in model.modules() for leaf, child in m._modules.items() if child is module]
             for parent, leaf in places:  # under all of its names
                 parent._modules[leaf] = graft
@@ -105,10 +105,12 @@ class Draft:
     Args:
         plan: The plan.
         tensors: Per changed parameter or buffer, its new value; also the constants of the recipes.
+        inlined: Modules that no forward written anew calls: it does by itself what is in them.
     """
 
     plan: Plan
     tensors: dict[str, Tensor]
+    inlined: frozenset[str] = frozenset()
 
     def patched(self, patch: Mapping[str, Mapping[str, int]]) -> Draft:
         """Return a draft in which modules remember other integers: per attribute, per module."""
@@ -116,21 +118,33 @@ class Draft:
         for name, by_module in patch.items():
             for path, value in by_module.items():
                 attributes.setdefault(path, {})[name] = value
-        return Draft(replace(self.plan, attributes=attributes), self.tensors)
+        return replace(self, plan=replace(self.plan, attributes=attributes))
+
+    def inlining(self, paths: Iterable[str]) -> Draft:
+        """Return a draft in which forwards that are written anew from now on do not call some modules."""
+        return replace(self, inlined=self.inlined.union(paths))
 
     def covers(self, path: str) -> bool:
-        """Tell whether the forward of a module, or of one around it, is written anew already."""
-        return any(not p or f"{path}.".startswith(f"{p}.") for p in self.plan.recipes)
+        """Tell whether the forward of a module, or of one around it which does not call it, is written anew already."""
+        return any(covers(p, recipe, path) for p, recipe in self.plan.recipes.items())
 
     def grafted(self, path: str, recipe: Recipe, constants: Mapping[str, Tensor]) -> Draft:
-        """Return a draft in which the forward of a module, and no forward inside of it, is written anew."""
+        """Return a draft in which the forward of a module is written anew, and no forward that it has no use for."""
         prefix = f"{path}." if path else ""
-        inside = {p: r for p, r in self.plan.recipes.items() if p.startswith(prefix)}
+        inside = {p: r for p, r in self.plan.recipes.items() if covers(path, recipe, p)}
         gone = {f"{p}.{c}" for p, r in inside.items() for c in r.constants}
         kept = {p: r for p, r in self.plan.recipes.items() if p not in inside}
         tensors = {n: t for n, t in self.tensors.items() if n not in gone}
         tensors |= {prefix + n: t for n, t in constants.items()}
-        return Draft(replace(self.plan, recipes={**kept, path: recipe}), tensors)
+        return replace(self, plan=replace(self.plan, recipes={**kept, path: recipe}), tensors=tensors)
+
+
+def covers(path: str, recipe: Recipe, other: str) -> bool:
+    """Tell whether a forward that is written anew does what is in a module, or one around it, without calling it."""
+    if path and not f"{other}.".startswith(f"{path}."):
+        return False
+    inner = f"{other.removeprefix(path).removeprefix('.')}."
+    return not any(op == "call_module" and inner.startswith(f"{target}.") for _, op, target, *_ in recipe.steps)
 
 
 @contextlib.contextmanager
@@ -192,6 +206,8 @@ def _leave_fused(model: nn.Module) -> None:
 def resize_attributes(module: nn.Module) -> None:
     """Set the sizes that a stock module remembers to those of its tensors."""
     m = cast(Any, module)
+    if isinstance(module, Rewritten):
+        return
     if isinstance(module, nn.Linear):
         m.out_features, m.in_features = m.weight.shape
     elif isinstance(module, nn.modules.conv._ConvTransposeNd):

@@ -7,9 +7,11 @@ running anything that a file brings along.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import operator
 import sys
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -335,9 +337,9 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 class Rewritten(nn.Module):
     """A module of the user's whose forward is a graph, since its own code cannot follow the smaller tensors.
 
-    It has the attributes of the module that it stands for, and those of its parameters, buffers and submodules that it
-    needs, under their names. Its forward takes the same arguments; those that are no tensors must be what they were
-    when it was exported.
+    It is of the class of the module that it stands for, with its other methods, and has its attributes, and those of
+    its parameters, buffers and submodules that it needs, under their names. Its forward takes the same arguments; those
+    that are no tensors must be what they were when it was exported.
 
     Args:
         original: The module that it stands for.
@@ -349,9 +351,11 @@ class Rewritten(nn.Module):
     recipe: Recipe
     _signature: list[tuple[str, int, Any]]
     _run: Callable[..., Any]
+    _kind: type[nn.Module] = nn.Module
+    """The class of the module that it stands for."""
 
     def __init__(self, original: nn.Module, recipe: Recipe, constants: dict[str, Tensor]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # and not that of the class it stands for
         self.__dict__.update(_attributes(original))
         again = isinstance(original, Rewritten)
         self.__dict__["stands_for"] = original.stands_for if again else type(original).__name__
@@ -378,7 +382,7 @@ class Rewritten(nn.Module):
             parent, _, leaf = path.rpartition(".")
             around = self._separate(parent, separated)
             module = around.get_submodule(leaf)
-            copy = separated[path] = type(module).__new__(type(module))
+            copy = separated[path] = object.__new__(type(module))
             copy.__dict__.update(_attributes(module))
             around._modules[leaf] = copy
         return separated[path]
@@ -397,12 +401,23 @@ class Rewritten(nn.Module):
         """Show which class it stands for in ``print(model)``."""
         return f"stands for {self.stands_for}"
 
+    def train(self, mode: bool = True) -> Rewritten:
+        """Set the mode, as the class it stands for does, unless that reaches for what is gone."""
+        try:
+            super().train(mode)
+        except AttributeError:
+            nn.Module.train(self, mode)
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_run"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        nn.Module.__setstate__(self, state)
         self._compile()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _revived, (self._kind,), self.__getstate__()
 
     def _compile(self) -> None:
         """Make the function that runs the graph; before the first call, which torch.compile may trace."""
@@ -439,6 +454,39 @@ class Rewritten(nn.Module):
         if i < len(self.recipe.kinds) and kind_of(value) > self.recipe.kinds[i]:  # code would make masks bool
             return f"{_KINDS[self.recipe.kinds[i]]}, not {value.dtype}"
         return None
+
+
+def rewritten(original: nn.Module, recipe: Recipe, constants: dict[str, Tensor]) -> Rewritten:
+    """Return a module that stands for another one, of its class too; the arguments are those of `Rewritten`."""
+    kind = original._kind if isinstance(original, Rewritten) else type(original)
+    return _class_beside(kind)(original, recipe, constants)
+
+
+@functools.cache
+def _class_beside(kind: type[nn.Module]) -> type[Rewritten]:
+    """Return the class of modules whose forward is a graph, and that are modules of a class of the user's too.
+
+    One that copies or pickles its modules in a way of its own, or cannot be derived from, is left out.
+    """
+    own = (c for c in kind.__mro__ if c not in nn.Module.__mro__)
+    if kind is nn.Module or any({"__deepcopy__", "__reduce__", "__reduce_ex__"} & {*vars(c)} for c in own):
+        return Rewritten
+
+    def forward(self: Rewritten, *args: Any, **kwargs: Any) -> Any:
+        return Rewritten.forward(self, *args, **kwargs)
+
+    name = f"Rewritten{kind.__name__}"
+    space: dict[str, Any] = {"_kind": kind, "forward": forward, "__module__": __name__, "__doc__": Rewritten.__doc__}
+    try:
+        forward.__signature__ = inspect.signature(kind.forward)  # pyright: ignore[reportFunctionMemberAccess]
+        return cast("type[Rewritten]", types.new_class(name, (Rewritten, kind), exec_body=lambda s: s.update(space)))
+    except Exception:
+        return Rewritten
+
+
+def _revived(kind: type[nn.Module]) -> Rewritten:
+    """Return a module whose forward is a graph, on the way from a pickle or copy; its state is set next."""
+    return object.__new__(_class_beside(kind))
 
 
 _KINDS = ("truth values", "whole numbers", "numbers")

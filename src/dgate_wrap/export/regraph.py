@@ -23,6 +23,7 @@ from ..tracing.lowering import CAST
 from ..tracing.operations import op_name, shape_of
 from ..tracing.origins import owner, owners, where
 from ..tracing.symbolic import Symbolic, is_open
+from .children import Child
 from .constants import rounding
 from .plan import Permissions, folded_constant
 from .scatter import places_of
@@ -85,6 +86,7 @@ class Rewriter:
         outputs: list[Node],
         names: Mapping[str, str],
         numbers: Sequence[int] = (),
+        children: Sequence[Child] = (),
     ) -> Part:
         """Write a part.
 
@@ -94,11 +96,12 @@ class Rewriter:
             outputs: Nodes whose values it returns.
             names: Per parameter or buffer, its name as seen from the part's module.
             numbers: The whole numbers that it is given after those values, as they are in the example.
+            children: The modules that it calls.
 
         Raises:
             UnwritableError: If a step cannot be written for the smaller tensors.
         """
-        return Writing(self, nodes, inputs, outputs, names, numbers).part()
+        return Writing(self, nodes, inputs, outputs, names, numbers, children).part()
 
     @functools.cached_property
     def sizes(self) -> dict[Any, int]:
@@ -130,6 +133,7 @@ class Writing:
         outputs: list[Node],
         names: Mapping[str, str],
         numbers: Sequence[int],
+        children: Sequence[Child],
     ) -> None:
         self.r, self.nodes, self.outputs, self.names = rewriter, set(nodes), outputs, names
         self.facts = rewriter.facts
@@ -139,6 +143,8 @@ class Writing:
             self.made.update(dict.fromkeys(same, self.graph.placeholder(f"x{i}")))
         self.sizes = Sizes(rewriter.symbolic, self.graph, self.made, rewriter.sizes, numbers)
         self.constants: dict[str, Tensor] = {}
+        self._children = {n: child for child in children for n in child.results}
+        self._called: dict[Child, Node] = {}
         self._known: dict[Node, Tensor | None] = {}
         self.order = [n for n in nodes if n.op == "call_function"]
 
@@ -165,6 +171,8 @@ class Writing:
     def _reads(self, node: Node) -> list[Node]:
         if self._constant(node) is not None:
             return []
+        if node in self._children:
+            return self._children[node].given
         passed = self._passed(node)
         return [passed] if passed is not None else list(node.all_input_nodes)
 
@@ -288,6 +296,8 @@ class Writing:
         constant = self._constant(node)
         if constant is not None:
             return self._emit_constant(node, constant)
+        if node in self._children:
+            return self._returned(self._children[node], node)
         passed = self._passed(node)
         if passed is not None:
             return self._get(passed)
@@ -307,6 +317,16 @@ class Writing:
         if made is None:
             made = self.graph.call_function(cast(Any, node.target), tuple(args), kwargs)
         return self._scattered(node, self._with_bias(node, made))
+
+    def _returned(self, child: Child, node: Node) -> Node:
+        """Call a module, once, and return what it gives for a node."""
+        if child not in self._called:
+            args, kwargs = torch.fx.map_arg((child.args, child.kwargs), self._get)
+            self._called[child] = self.graph.call_module(self.names[child.path], args, kwargs)
+        made = self._called[child]
+        for step in child.results[node]:
+            made = self.graph.call_function(operator.getitem, (made, step))
+        return made
 
     def _taken(self, n: Node, node: Node) -> Any:
         """Return an operand, or of one that is shared what an operation takes of it."""

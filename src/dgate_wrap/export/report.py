@@ -18,6 +18,9 @@ from ..tracing import Inputs
 from ..tracing.settings import evaluating, unchanged
 from .certificate import Certificate
 
+_APART = 1e-3
+"""Gradients that differ by more than this, relative to the largest, are told of."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -120,6 +123,11 @@ class Report:
             lines.append(
                 f"forwards written anew as graphs: {', '.join(p or 'the whole model' for p in self.rewritten)}"
             )
+        if self.certificate.untrained:
+            names = ", ".join(p or "the whole model" for p in self.certificate.untrained)
+            lines.append(f"these do nothing else in training than in eval mode any more, as their code does: {names}")
+        if (self.certificate.gradient_error or 0.0) > _APART:
+            lines.append(f"gradients differ by {self.certificate.gradient_error:.1e}, by code that is lost in these")
         if self.gone:
             lines.append(f"gone with all their parameters: {', '.join(self.gone)}")
         if self.config is None:

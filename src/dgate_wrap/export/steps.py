@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..tracing.families import Contraction, Indexing, Mixing
+from ..tracing.lowering import DROPOUT
 from ..tracing.operations import op_name, shape_of
 from ..tracing.origins import where
 from ..tracing.symbolic import is_open
@@ -238,11 +239,20 @@ def share_of(w: Writing, node: Node) -> float:
     return w.r.widths.share(family.x, family.mixed) if isinstance(family, Mixing) else 1.0
 
 
+def _dropout(w: Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """Let a dropout that the forward does by itself follow the module's mode, as it does in code."""
+    if DROPOUT not in node.meta:
+        return None
+    op, p = node.meta[DROPOUT]
+    return w.graph.call_function(op, (args[0], p, w.graph.get_attr("training")))
+
+
 RULES: dict[str, Callable[[Writing, Node, list[Any], dict[str, Any]], Any]] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape"), _view),
     **dict.fromkeys(("expand", "new_zeros", "new_ones", "new_full"), _sized(1)),
     **dict.fromkeys(("zeros", "ones", "full"), _sized(0)),
     "unflatten": _unflatten,
+    "clone": _dropout,
     "view_as_complex": _pairs,
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
     "getitem": _pick,

@@ -64,10 +64,10 @@ def run(model: nn.Module, inputs: Inputs, times: int = 1) -> list[Any]:
     quiet = warnings.catch_warnings()
     with evaluating(model), torch.no_grad(), without_cache(model, inputs) as extra, quiet:
         warnings.simplefilter("ignore")  # of sizes that no one has asked for
-        return [part for leaf in pytree.tree_leaves(inputs.calls(model, times, **extra)) for part in _parts(leaf)]
+        return [part for leaf in pytree.tree_leaves(inputs.calls(model, times, **extra)) for part in parts_of(leaf)]
 
 
-def _parts(leaf: Any) -> list[Any]:
+def parts_of(leaf: Any) -> list[Any]:
     """Return a leaf of an output, and the tensors that it holds where it is an object, such as a dataclass."""
     return [leaf] if isinstance(leaf, (Tensor, *PLAIN)) else [leaf, *tensors_in(leaf, set())]
 

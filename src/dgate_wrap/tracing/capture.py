@@ -30,7 +30,16 @@ from .origins import name_owners, recorded_owners, spot_of
 from .recorder import PREFIX, Recording, UnrecordableError, record, says_at, storage_of, tensors_in
 from .refusals import first_line, innermost, require_running, says_followed, untraceable
 from .rewrite import split_einsums
-from .settings import evaluating, forget_results, lstm_states, masks_as_given, quiet, same_random_numbers, unchanged
+from .settings import (
+    calls_shown,
+    evaluating,
+    forget_results,
+    lstm_states,
+    masks_as_given,
+    quiet,
+    same_random_numbers,
+    unchanged,
+)
 
 PATIENCE = 10.0, 0.02
 """Seconds that a trace with open sizes may take, and how many more for each operation; else it is done without."""
@@ -156,6 +165,7 @@ def _settings(model: nn.Module, inputs: Inputs) -> Generator[dict[str, Any]]:
         evaluating(model),
         without_cache(model, inputs) as extra,
         torch.no_grad(),
+        calls_shown(model),
         quiet(),
         masks_as_given(),
         lstm_states(),

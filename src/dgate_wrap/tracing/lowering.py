@@ -31,6 +31,10 @@ _aten: Any = torch.ops.aten
 CAST = "cast"
 """Marks nodes whose values are cast to the dtype that they have: in another precision they may have another one."""
 
+DROPOUT = "dropout"
+"""Marks copies that dropouts are in eval mode: which dropout of how much."""
+
+_DROPOUTS = {_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default}
 _ASSERTIONS = {_aten._assert_tensor_metadata.default, _aten._assert_scalar.default}
 
 
@@ -73,6 +77,8 @@ def _lowered(given: Graph) -> Graph | None:
     for node in [n for n in graph.nodes if _is_composite(n.target)]:
         if _is_idle_cast(node):
             cast(Node, node.args[0]).meta[CAST] = True
+        if node.target in _DROPOUTS and node.args[1:] != (0.0, False):
+            node.meta[DROPOUT] = node.target, node.args[1]
         if _may_alias(node.target):
             _replace(node, _parts(node, known))
         elif not has_rule(node):

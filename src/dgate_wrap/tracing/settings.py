@@ -61,6 +61,23 @@ def lstm_states() -> Generator[None]:
 
 
 @contextlib.contextmanager
+def calls_shown(model: nn.Module) -> Generator[None]:
+    """Let a trace show modules that do nothing in eval mode, such as stochastic depth: as a dropout of nothing."""
+
+    def show(_: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        return F.dropout(result, 0.0, training=False) if any(result is x for x in args) else None
+
+    silent = [m for m in model.modules() if not [*m.children(), *m.parameters(), *m.buffers()]]
+    own = [m for m in silent if not type(m).__module__.startswith("torch.")]
+    handles = [m.register_forward_hook(show) for m in own]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
 def unfused() -> Generator[None]:
     """Run the layers of nn.TransformerEncoder step by step as a trace shows them, not as one operation in eval mode."""
     fused = torch.backends.mha.get_fastpath_enabled()

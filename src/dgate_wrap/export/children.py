@@ -1,0 +1,179 @@
+"""Find the modules that a forward written anew calls as they are: their own code can stay, with all that it does."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from ..tracing.origins import owners
+from .culprits import APART, Call, same_value, with_code
+from .facts import Facts
+from .recipes import plain_signature, unbind
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+@dataclass(frozen=True, eq=False)
+class Child:
+    """A call of a module within another one.
+
+    Args:
+        path: The module.
+        args: Its arguments, with nodes in place of tensors.
+        kwargs: Those that have names.
+        results: Per node that others read, by which indices its value is found in what the module returns.
+    """
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: dict[Node, tuple[int | str, ...]]
+
+    @property
+    def given(self) -> list[Node]:
+        """The nodes among its arguments."""
+        return [x for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Node)]
+
+
+class Children:
+    """Finds the calls that forwards make of modules with code of their own.
+
+    Args:
+        model: The model.
+        calls: Every call of its modules.
+        facts: What is known of its trace.
+    """
+
+    def __init__(self, model: nn.Module, calls: list[Call], facts: Facts) -> None:
+        self._model, self._calls, self._facts = model, calls, facts
+        self._with_code = {n for n, _ in model.named_modules() if with_code(model, n) == n}
+
+    def of(
+        self,
+        call: Call,
+        nodes: list[Node],
+        twins: Mapping[Node, Node],
+        given: Collection[Node],
+        outputs: Collection[Node],
+        inlined: Collection[str],
+    ) -> list[Child]:
+        """Return the outermost calls that a forward can make without knowing what is in them.
+
+        Args:
+            call: The call of the module whose forward is written.
+            nodes: What it does, in order.
+            twins: For its nodes, those of the trace.
+            given: The nodes that have the values of its arguments.
+            outputs: Those that it returns.
+            inlined: Modules that it does not call.
+        """
+        made: dict[str, list[Call]] = {}
+        for c in self._calls:
+            if any(begun is call.chain[-1] for begun in c.chain[:-1]):
+                made.setdefault(c.path, []).append(c)
+        spans, depths, paths = dict[str, list[Node]](), dict[str, int](), dict[str, list[str]]()
+        for node in nodes:
+            for depth, (name, path) in enumerate(owners(node).items()):
+                if path not in made or path in inlined or path not in self._with_code:
+                    continue
+                if name not in spans:
+                    paths.setdefault(path, []).append(name)
+                    depths[name] = depth
+                spans.setdefault(name, []).append(node)
+        recorded = {
+            name: c
+            for path, names in paths.items()
+            if len(names) == len(made[path])
+            for name, c in zip(names, made[path], strict=True)
+        }
+        found: list[Child] = []
+        part, inside = {*nodes}, set[Node]()
+        for name in sorted(recorded, key=depths.__getitem__):
+            if inside.isdisjoint(spans[name]):
+                before = [n for n in given if n not in spans[name]]
+                before += nodes[: nodes.index(spans[name][0])]
+                child = self._child(recorded[name], spans[name], twins, before, part, outputs)
+                if child is not None:
+                    found.append(child)
+                    inside.update(spans[name])
+        return found
+
+    def _child(
+        self,
+        call: Call,
+        span: list[Node],
+        twins: Mapping[Node, Node],
+        before: list[Node],
+        part: set[Node],
+        outputs: Collection[Node],
+    ) -> Child | None:
+        """Return what a call takes and gives; ``None`` if the graph does not show all of it."""
+        if call.sized or not _is_plain(call.arguments):
+            return None
+        leaves, form = pytree.tree_flatten(call.arguments)
+        inside = set(span)
+        read = [n for n in dict.fromkeys(m for n in span for m in n.all_input_nodes) if n not in inside]
+        asked = [n for n in span if n in outputs or any(u in part and u not in inside for u in n.users)]
+        takes = self._matched([n for n in read if not self._is_held(n, twins)], leaves, twins)
+        results = dict(_tensors(call.result))
+        gives = self._matched([n for n in asked if self._varies(n, twins)], [x for x, _ in results.values()], twins)
+        if takes is None or gives is None:
+            return None
+        for x in (
+            x for x in leaves if isinstance(x, Tensor) and id(x) not in takes
+        ):  # which it is given, and not reads
+            same = [n for n in [*read, *before] if n in twins and self._is(n, x, twins)]
+            if not same:
+                return None
+            takes[id(x)] = same[0]
+        arguments = pytree.tree_unflatten([takes[id(x)] if isinstance(x, Tensor) else x for x in leaves], form)
+        module = self._model.get_submodule(call.path)
+        places = {node: results[x][1] for x, node in gives.items()}
+        return Child(call.path, *unbind(plain_signature(module), arguments), places)
+
+    def _matched(self, nodes: list[Node], values: list[Any], twins: Mapping[Node, Node]) -> dict[int, Node] | None:
+        """Return, by ``id``, which node each tensor is; ``None`` if a node is none of them, or may be several."""
+        found: dict[int, Node] = {}
+        tensors = {id(x): x for x in values if isinstance(x, Tensor)}
+        for node in nodes:
+            same = [i for i, x in tensors.items() if self._is(node, x, twins)]
+            if len(same) != 1 or same[0] in found:
+                return None
+            found[same[0]] = node
+        return found
+
+    def _is(self, node: Node, x: Tensor, twins: Mapping[Node, Node]) -> bool:
+        value = self._facts.values.get(twins[node])
+        return isinstance(value, Tensor) and same_value(value, x, APART)
+
+    def _varies(self, node: Node, twins: Mapping[Node, Node]) -> bool:
+        """Tell whether a node must be read off the result, and is not a size, or follows from sizes alone."""
+        return node in twins and twins[node] in self._facts.varying
+
+    def _is_held(self, node: Node, twins: Mapping[Node, Node]) -> bool:
+        """Tell whether a module has a node by itself: what it holds, and sizes of what it is given."""
+        source = self._facts.trace.sources.get(twins[node]) if node in twins else None
+        return node not in twins or (source is not None and source.kind != "input")
+
+
+def _is_plain(tree: Any) -> bool:
+    """Tell whether arguments are made of what the steps of a recipe hold."""
+    if type(tree) in (list, tuple, dict):
+        return all(map(_is_plain, tree.values() if isinstance(tree, dict) else tree))
+    return isinstance(tree, Tensor) or type(tree) in _PLAIN
+
+
+def _tensors(tree: Any, path: tuple[int | str, ...] = ()) -> Iterator[tuple[int, tuple[Tensor, tuple[int | str, ...]]]]:
+    """Yield the tensors of a result that indices lead to, by ``id``, with these."""
+    if isinstance(tree, Tensor):
+        yield id(tree), (tree, path)
+    steps = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, tuple | list) else ()
+    for step, part in steps:
+        if isinstance(step, int | str):
+            yield from _tensors(part, (*path, step))
