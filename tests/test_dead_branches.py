@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import randomize
-from oracles import all_gates
+from oracles import all_gates, kill_every_second
 from torch import Tensor, nn
 
 import dgate_wrap as dg
@@ -503,3 +503,32 @@ def test_dead_blocks_leave_what_they_share_to_the_others(dead: tuple[int, ...]) 
     assert {p for p in exported.report.rewritten if p.startswith("blocks.")} <= {f"blocks.{i}" for i in dead}
     with torch.no_grad():
         assert torch.allclose(gated(x), exported.model(x), rtol=1e-5, atol=1e-6)
+
+
+class Unread(nn.Module):
+    """The last residual is computed and not read, as in WaveNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv1d(4, 8, 1), nn.Conv1d(6, 3, 1)
+        self.filters, self.skips, self.residuals = (
+            nn.ModuleList(nn.Conv1d(8, out, 1) for _ in range(2)) for out in (8, 6, 8)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, skip = self.first(x), torch.zeros(())
+        for mix, to_skip, residual in zip(self.filters, self.skips, self.residuals, strict=True):
+            h = mix(x).tanh()
+            skip = to_skip(h) + skip
+            x = residual(h) + x
+        return self.last(skip.relu())
+
+
+def test_channels_go_beside_a_result_that_nobody_reads() -> None:
+    torch.manual_seed(0)
+    net, x = Unread().double(), torch.randn(2, 4, 13, dtype=torch.double)
+    dg.gate(net, "channels", example_inputs=x)
+    kill_every_second(net)
+    out = dg.export(net, x, latency=False)
+    assert out.report.removed == out.report.pruning.dead
+    assert "residuals.1" in out.report.gone

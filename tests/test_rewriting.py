@@ -2144,3 +2144,35 @@ def test_what_a_forward_written_anew_loses_of_training_is_told(
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
     written = json.loads((Path(dg.save(out, tmp_path / "small")) / "plan.json").read_text())
     assert written["certificate"]["untrained"] == untrained
+
+
+class DropsScores(nn.Module):
+    """Attention that drops scores in training, as torch's operation does it, behind a table."""
+
+    def __init__(self, heads: int = 3) -> None:
+        super().__init__()
+        self.heads, self.table = heads, nn.Embedding(9, 12)
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.table(x)
+        qkv = self.qkv(x).view(*x.shape[:2], 3, self.heads, x.shape[2] // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*qkv.unbind(0), dropout_p=0.5 if self.training else 0.0)
+        return self.out(y.transpose(1, 2).reshape(x.shape))
+
+
+@pytest.mark.parametrize("groups", ["heads", "embedding_dims"])
+def test_attention_written_anew_drops_in_training_what_it_dropped(groups: str) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(DropsScores(), nn.Linear(12, 3)), torch.randint(9, (2, 5))
+    dg.gate(net, groups, example_inputs=x)
+    all_gates(net)[0].gamma.data[0] = 0
+    out = dg.export(net, x, latency=False)
+    assert out.report.rewritten == ["0"]
+    assert out.report.removed
+    assert out.report.certificate.untrained == []
+    assert out.report.certificate.gradient_error == pytest.approx(0, abs=1e-12)
+    small = out.model.train()
+    assert not torch.equal(small(x), small(x))
+    small.eval()
+    assert torch.equal(small(x), small(x))

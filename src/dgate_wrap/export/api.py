@@ -300,7 +300,8 @@ def _look_at_training(dense: nn.Module, found: Found, inputs: Inputs, certificat
     if weight_bytes(dense) > _LARGE:
         return replace(certificate, untrained=untrained)
     here = found.subject.inputs
-    apart = gradient_error(found.subject.model, found.exact, (here, reduced(here, found.exact, found.plan.taken)))
+    taken = reduced(here, found.exact, found.plan.taken)
+    apart = gradient_error(found.subject.model, found.exact, (here, taken), found.plan.cuts)
     return replace(certificate, untrained=untrained, gradient_error=apart)
 
 

@@ -296,7 +296,8 @@ def with_code(model: nn.Module, path: str) -> str:
     """Return the module whose own code called a stock layer, or the module itself."""
     module = model.get_submodule(path)
     stock = type(module).__module__.startswith("torch.nn") and not list(module.children())
-    return path.rpartition(".")[0] if path and stock else path
+    silent = type(module).forward is nn.Module.forward  # a list of modules
+    return with_code(model, path.rpartition(".")[0]) if path and (stock or silent) else path
 
 
 def same_value(a: Tensor, b: Tensor, least: float = 0.0) -> bool:

@@ -85,6 +85,7 @@ class Grafts:
         calls: Every call of its modules on the inputs of the trace.
         spared: Modules whose own code stays.
         parts: Graphs of modules alone to write them from, in place of that of the whole model.
+        dropouts: How much each attention of the trace drops in training.
     """
 
     def __init__(
@@ -97,14 +98,15 @@ class Grafts:
         calls: list[Call],
         spared: Collection[str] = (),
         parts: Parts | None = None,
+        dropouts: Mapping[Node, float] | None = None,
     ) -> None:
         self.model, self.symbolic, self.calls, self.spared, self._parts = model, symbolic, calls, spared, parts
         self.facts, self._widths = widths.facts, widths
         self._modules = dict(model.named_modules())
         self._first = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
         self._layers = {n: self._layer(m) for n, m in self._modules.items() if _is_stock(m)}
-        self._permissions = permissions
-        self._rewriter = Rewriter(symbolic, widths, permissions, self._layers)
+        self._permissions, self._dropouts = permissions, dropouts or {}
+        self._rewriter = self._writing_from(symbolic)
         self._new_biases = plan.new_biases
         self._spans = spans(symbolic.graph)
         self._children = Children(model, calls, self.facts)
@@ -210,7 +212,10 @@ class Grafts:
         steps = [twins[n] for n in nodes if n.op == "call_function" and n in twins]
         alone = self._parts.of(path, call, i, steps)
         [nodes] = spans(alone.graph)[path].values()
-        return Rewriter(alone, self._widths, self._permissions, self._layers), nodes
+        return self._writing_from(alone), nodes
+
+    def _writing_from(self, symbolic: Symbolic) -> Rewriter:
+        return Rewriter(symbolic, self._widths, self._permissions, self._layers, self._dropouts)
 
     def _write(
         self, path: str, call: Call, rewriter: Rewriter, nodes: list[Node], inlined: Collection[str]

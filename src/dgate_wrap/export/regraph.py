@@ -61,6 +61,7 @@ class Rewriter:
         widths: What is kept of every axis of the twin.
         permissions: What may be changed.
         layers: Stock layers by name. Where a step is the forward of one, the part calls the layer.
+        dropouts: How much each attention of the twin drops in training.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class Rewriter:
         widths: Widths,
         permissions: Permissions,
         layers: Mapping[str, Layer],
+        dropouts: Mapping[Node, float],
     ) -> None:
-        self.symbolic, self.widths = symbolic, widths
+        self.symbolic, self.widths, self.dropouts = symbolic, widths, dropouts
         self.facts = widths.facts
         self.permissions, self.layers = permissions, layers
         self.spans: dict[str, list[Node]] = {}

@@ -30,6 +30,7 @@ from .culprits import (
     values_on,
 )
 from .dead import Branch, find_dead
+from .dropouts import attention_dropouts
 from .facts import Facts
 from .freezing import colder
 from .grafts import Grafts, Parts
@@ -166,6 +167,7 @@ class _Search:
         self.subject = subject
         self.permissions = Permissions(subject.model, subject.facts.trace, subject.facts.families)
         self._calls: list[Call] | None = None
+        self._dropped: dict[Node, float] | None = None
 
     def could_gain(self, own: Found) -> bool:
         """Tell whether forwards that are written anew could make it enough smaller, if no code stood in the way."""
@@ -474,8 +476,23 @@ class _Search:
         if symbolic is None:
             return None
         return Grafts(
-            self.subject.model, symbolic, widths, draft.plan, self.permissions, self.calls, self._spared, self._parts
+            self.subject.model,
+            symbolic,
+            widths,
+            draft.plan,
+            self.permissions,
+            self.calls,
+            self._spared,
+            self._parts,
+            self._dropouts,
         )
+
+    @property
+    def _dropouts(self) -> dict[Node, float]:
+        """How much each attention drops in training."""
+        if self._dropped is None:
+            self._dropped = attention_dropouts(self.subject.model, self.subject.inputs, self.subject.facts)
+        return self._dropped
 
     def _without_dead(self, draft: Draft, grafts: Grafts | None) -> Iterator[Draft]:
         """Yield drafts without dead branches, the boldest first."""

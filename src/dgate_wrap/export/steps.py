@@ -196,6 +196,12 @@ def _regroup(position: int) -> Any:
 
 def _attention(w: Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     query = cast(Node, node.args[0])
+    if p := w.r.dropouts.get(w.r.twin(node)):
+        dropped = w.graph.call_function(operator.mul, (w.graph.get_attr("training"), p))
+        if len(args) > 4:
+            args[4] = dropped
+        else:
+            kwargs["dropout_p"] = dropped
     if kwargs.get("scale") is None and not w.r.kept(query, -1).all():
         kwargs["scale"] = shape_of(w.r.twin(query))[-1] ** -0.5
     if len(args) > 3 and isinstance(args[3], Node):  # beside float64, torch's kernel misreads a mask of float32

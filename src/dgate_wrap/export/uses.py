@@ -19,6 +19,7 @@ from ..tracing.inputs import without_cache
 from ..tracing.settings import evaluating, same_random_numbers, unchanged, unfused
 from .copies import SparingParameters
 from .culprits import with_code
+from .cuts import Cut
 from .padding import padded
 from .plan import covers
 from .recipes import Recipe, plain_signature, says_no
@@ -84,16 +85,29 @@ def lost_in_training(model: nn.Module, recipes: Mapping[str, Recipe], inputs: In
         path: [m for p, m in model.named_modules() if with_code(model, p) == p and covers(path, recipe, p)]
         for path, recipe in recipes.items()
     }
-    usual = _given_by(model, own, [], inputs)
-    everything = _given_by(model, own, [m for modules in own.values() for m in modules], inputs)
-    suspects = [p for p in own if not _same(usual.get(p), everything.get(p))]
-    return [p for p in suspects if not _same(usual.get(p), _given_by(model, own, own[p], inputs).get(p))]
+    usual, lost = _given_by(model, own, [], inputs, drops=True), list[str]()
+    for drops in (False, True):  # the dropouts of forwards that have some are those of the code
+        here = [
+            p for p, recipe in recipes.items() if any(s[1:3] == ["get_attr", "training"] for s in recipe.steps) != drops
+        ]
+        there = _given_by(model, own, here, inputs, drops=drops) if here else {}
+        suspects = [p for p in here if not _same(usual.get(p), there.get(p))]
+        lost += [p for p in suspects if not _same(usual.get(p), _given_by(model, own, [p], inputs, drops=drops).get(p))]
+    return lost
 
 
 def _given_by(
-    model: nn.Module, own: Mapping[str, list[nn.Module]], training: list[nn.Module], inputs: Inputs
+    model: nn.Module, own: Mapping[str, list[nn.Module]], training: list[str], inputs: Inputs, *, drops: bool
 ) -> dict[str, list[Any]]:
-    """Return what modules give, with the buffers that their code holds, while some are told that they train."""
+    """Return what modules give, with the buffers that their code holds, while some of them are told that they train.
+
+    Args:
+        model: The model.
+        own: Per module, those whose code is its own.
+        training: The modules that are told so.
+        inputs: What the model is run on.
+        drops: Whether what the code drops by itself is dropped.
+    """
     found: dict[str, list[Any]] = {}
 
     def note(path: str, _: nn.Module, args: object, result: Any) -> None:
@@ -102,11 +116,12 @@ def _given_by(
 
     handles = [model.get_submodule(p).register_forward_hook(functools.partial(note, p)) for p in own]
     given, undo, quiet = inputs.map(Tensor.clone), unchanged(model, buffers=True), warnings.catch_warnings()
+    dropping = contextlib.nullcontext() if drops else _WithoutDropout()
     try:
         with evaluating(model), torch.no_grad(), same_random_numbers(model), undo, unfused(), quiet:
             warnings.simplefilter("ignore")
-            with without_cache(model, given) as extra, SparingParameters(model), _WithoutDropout():
-                for module in training:
+            with without_cache(model, given) as extra, SparingParameters(model), dropping:
+                for module in (m for p in training for m in own[p]):
                     module.training = True
                 model(*given.args, **given.kwargs, **extra)
                 for path, modules in own.items():
@@ -127,7 +142,14 @@ class _WithoutDropout(TorchFunctionMode):
     """Takes what code of its own drops for dropouts of none."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in _DROPOUTS else func(*args, **(kwargs or {}))
+        if func in _DROPOUTS:
+            return args[0]
+        if func is F.scaled_dot_product_attention:
+            args, kwargs = (
+                args[:4],
+                {**dict(zip(("is_causal",), args[5:], strict=False)), **(kwargs or {}), "dropout_p": 0.0},
+            )
+        return func(*args, **(kwargs or {}))
 
 
 _DROPOUTS = {
@@ -136,17 +158,21 @@ _DROPOUTS = {
 }
 
 
-def gradient_error(dense: nn.Module, small: nn.Module, given: tuple[Inputs, Inputs]) -> float | None:
+def gradient_error(
+    dense: nn.Module, small: nn.Module, given: tuple[Inputs, Inputs], cuts: Mapping[str, Cut]
+) -> float | None:
     """Return how far gradients at the inputs lie apart in eval mode, relative to the largest; ``None`` if not known.
 
-    Of inputs that are whole numbers, those at the tables in which they are looked up, where these are as large.
+    Of inputs that are whole numbers, those at the tables in which they are looked up.
 
     Args:
         dense: The dense model.
         small: The smaller one.
         given: What the one and the other are run on.
+        cuts: What stays of the parameters.
     """
     grads = [_gradients(m, x) for m, x in zip((dense, small), given, strict=True)]
+    grads[0] = {n: cuts[n].apply(g) if n in cuts else g for n, g in grads[0].items()}
     names = [n for n in grads[0] if n in grads[1] and grads[0][n].shape == grads[1][n].shape]
     a, b = ([g[n] for n in names] for g in grads)
     return min(relative_error(a, b), relative_error(b, a)) if names else None
@@ -168,7 +194,8 @@ def _gradients(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         for p in frozen:
             p.requires_grad_(False)
         if not leaves:
-            tables = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+            embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+            tables = {n: p for n, p in model.named_parameters() if id(p) in embeddings}
             leaves = {n: w.requires_grad_() for n, w in tables.items()}
         with evaluating(model), torch.enable_grad(), same_random_numbers(model), undo, quiet:
             warnings.simplefilter("ignore")
