@@ -109,6 +109,7 @@ class Grafts:
         self._rewriter = self._writing_from(symbolic)
         self._new_biases = plan.new_biases
         self._spans = spans(symbolic.graph)
+        self._called = {c.path for c in calls}
         self._children = Children(model, calls, self.facts)
         self._silent: set[str] = set()
         """Modules whose new forward does not give all that the old one gave."""
@@ -272,10 +273,15 @@ class Grafts:
         called = {str(n.target) for n in part.graph.nodes if n.op == "call_module"}
         read = {s.name for n, s in self.facts.trace.sources.items() if n.users and s.kind in ("parameter", "buffer")}
         stays = {n: n in used or any(n.startswith(f"{c}.") for c in called) for n, _ in all_tensors(module)}
-        names = [n for n, t in all_tensors(module) if self._first[id(t)] in read]
+        names = [n for n, t in all_tensors(module) if self._first[id(t)] in read or self._is_unread(path, n)]
         left = {n.rpartition(".")[0] for n in names if stays[n]}
         emptied = {n.rpartition(".")[0] for n in names} - left - {""}
         return [n for n in stays if not stays[n] and (n in names or n.rpartition(".")[0] in emptied)]
+
+    def _is_unread(self, path: str, name: str) -> bool:
+        """Tell whether a tensor is one of a module which is called, and of which nobody needs what it gives."""
+        owner = f"{path}.{name}".removeprefix(".").rpartition(".")[0]
+        return owner in self._called and owner not in self._spans
 
     def _given(self, x: Tensor, read: set[Node], own: Collection[str], twins: Mapping[Node, Node]) -> list[Node]:
         """Return the nodes that a module reads from outside and that have the value of an argument."""
