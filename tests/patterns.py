@@ -480,6 +480,18 @@ GATES = [
     _through("sort", do(lambda x: x.sort(1)[0])),
     _through("top_k", do(lambda x: x.topk(3, 1)[0]), width=3),
     _rows("gather", lambda m, x: m.b(m.a(x).gather(1, x.argsort(1))), two(6, 4)),
+    _case(
+        "neighbours",  # of nodes, whose features are added up along edges before any layer
+        lambda: Net(
+            lambda m, x, e: m.out(F.relu(m.near(torch.zeros_like(x).index_add_(0, e[1], x[e[0]])) + m.own(x))),
+            near=Linear(6, 8),
+            own=Linear(6, 8),
+            out=Linear(8, 2),
+        ),
+        lambda: (torch.randn(5, 6), torch.randint(5, (2, 9))),
+        hidden=8,
+        input_features=6,
+    ),
     _sequence(
         "cumsum_time", lambda m, x: m.b(m.a(x).cumsum(1)), lambda: {"a": Linear(8, 6), "b": Linear(6, 2)}, hidden=6
     ),

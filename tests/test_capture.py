@@ -16,13 +16,14 @@ import pytest
 import torch
 import torch._decomp.decompositions as decompositions
 import torch.nn.functional as F
+from oracles import kill_every_second
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 from zoo import ZOO
 
 import dgate_wrap as dg
-from dgate_wrap.errors import TraceWarning
+from dgate_wrap.errors import TraceError, TraceWarning
 from dgate_wrap.tracing import Trace, capture, normalize_inputs
 from dgate_wrap.tracing.capture import _Forward, _recorded
 from dgate_wrap.tracing.origins import operation, where
@@ -742,3 +743,84 @@ def test_views_of_what_a_trace_lays_out_otherwise_are_taken() -> None:
     model, x = Turned().eval(), torch.randn(3, 2, 2, 6)
     trace = capture(model, x)
     torch.testing.assert_close(trace.run()[trace.outputs[0]], model(x))
+
+
+def _asserts(x: Tensor) -> None:
+    assert not torch.isnan(x).any(), "no numbers"
+
+
+def _asserts_both(x: Tensor) -> None:
+    assert (x > -9).all() and (x < 9).all()  # noqa: PT018
+
+
+def _raises(x: Tensor) -> None:
+    if x is not None and (torch.isinf(x).any() or torch.isnan(x).any()):
+        raise ValueError("no finite numbers")
+
+
+def _tells(x: Tensor) -> None:
+    if (x > 9).any():
+        warnings.warn("large", stacklevel=2)
+
+
+def _compares(x: Tensor) -> None:
+    assert torch.equal(x, x.clone())
+    assert x.min() >= -9
+
+
+def _asks_torch(x: Tensor) -> None:
+    torch._assert((x < 9).all(), "large")
+
+
+def _draws(x: Tensor) -> None:
+    torch.distributions.Normal(x, x.exp()).log_prob(x)
+
+
+class Checked(nn.Module):
+    """A network with a check of values, and a size in its code."""
+
+    def __init__(self, check: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.check = check
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        self.check(h)
+        return self.last(h.view(-1, 16))
+
+
+CHECKS = [_asserts, _asserts_both, _raises, _tells, _compares, _asks_torch, _draws]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+def test_checks_of_values_hold_nothing_back(check: Callable[[Tensor], None]) -> None:
+    torch.manual_seed(0)
+    net, x = Checked(check), torch.randn(4, 2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TraceWarning)
+        assert capture(net, x).notes == ()
+        dg.gate(net, "channels", example_inputs=x)
+        kill_every_second(net)
+        report = dg.export(net, x, latency=False).report
+    assert report.removed == report.pruning.dead
+    assert report.rewritten == [""]
+
+
+def _fails(x: Tensor) -> None:
+    assert (x > 5).all(), "too small"
+
+
+def _branches(x: Tensor) -> None:
+    if (x > 5).any():
+        x.mul_(2)
+
+
+def test_a_check_that_fails_on_the_example_is_told() -> None:
+    with pytest.raises(TraceError, match=r"does not run on the example inputs.*too small"):
+        capture(Checked(_fails), torch.randn(4, 2, 3))
+
+
+def test_a_branch_that_does_something_is_no_check() -> None:
+    with pytest.warns(TraceWarning):
+        assert capture(Checked(_branches), torch.randn(4, 2, 3)).notes

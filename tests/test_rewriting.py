@@ -2176,3 +2176,26 @@ def test_attention_written_anew_drops_in_training_what_it_dropped(groups: str) -
     assert not torch.equal(small(x), small(x))
     small.eval()
     assert torch.equal(small(x), small(x))
+
+
+class Keyworded(nn.Module):
+    """Its parts have names that code cannot say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"class": nn.Linear(3, 8), "classes": nn.Linear(16, 4), "a b": nn.Linear(4, 4)})
+        self.scales = nn.ParameterDict({"lambda": torch.ones(4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.parts["classes"](self.parts["class"](x).relu().view(-1, 16)) * self.scales["lambda"]
+        return self.parts["a b"](x)
+
+
+def test_names_that_code_cannot_say_are_no_obstacle() -> None:
+    torch.manual_seed(0)
+    net, x = Keyworded(), torch.randn(4, 2, 3)
+    dg.gate(net, "neurons", include="parts.class.*")
+    all_gates(net)[0].gamma.data[::2] = 0
+    out = dg.export(net, x, latency=False)
+    assert out.report.rewritten == [""]
+    assert out.report.removed == 4

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import keyword
 import operator
+import re
 import sys
 import types
 from collections import OrderedDict
@@ -421,9 +423,14 @@ class Rewritten(nn.Module):
 
     def _compile(self) -> None:
         """Make the function that runs the graph; before the first call, which torch.compile may trace."""
-        code = build_graph(self.recipe.steps).python_code("self")
-        scope: dict[str, Any] = dict(code.globals)
-        exec(compile(code.src, f"<{self.stands_for}, rewritten>", "exec"), scope)  # noqa: S102  # of known operations
+        graph = build_graph(self.recipe.steps)
+        code = graph.python_code("self")
+        source, scope = code.src, dict[str, Any](code.globals)
+        for path in {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}:
+            if any(map(keyword.iskeyword, path.split("."))):  # which code cannot name: ``self.heads.class``
+                held = functools.reduce(lambda holder, name: f'getattr({holder}, "{name}")', path.split("."), "self")
+                source = re.sub(rf"{re.escape(_dotted(path))}(?![\w.])", held, source)
+        exec(compile(source, f"<{self.stands_for}, rewritten>", "exec"), scope)  # noqa: S102  # of known operations
         self.__dict__["_run"] = scope["forward"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -487,6 +494,14 @@ def _class_beside(kind: type[nn.Module]) -> type[Rewritten]:
 def _revived(kind: type[nn.Module]) -> Rewritten:
     """Return a module whose forward is a graph, on the way from a pickle or copy; its state is set next."""
     return object.__new__(_class_beside(kind))
+
+
+def _dotted(path: str) -> str:
+    """Return how the code of a graph names what it holds."""
+    found = "self"
+    for name in path.split("."):
+        found = f"{found}.{name}" if name.isidentifier() else f'getattr({found}, "{name}")'
+    return found
 
 
 _KINDS = ("truth values", "whole numbers", "numbers")

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import TraceError, TraceWarning
+from .checks import PassChecks
 from .inputs import Inputs, input_names, normalize_inputs, without_cache
 from .lowering import is_symbol, lower
 from .origins import name_owners, recorded_owners, spot_of
@@ -153,6 +154,9 @@ def capture(model: nn.Module, example_inputs: object, example_kwargs: Mapping[st
             trace, refused = None, e
         if trace is None:
             trace = _recorded(model, call, inputs, cast(Exception, refused))
+        if call.checks.passed:
+            call.checks.off = True
+            require_running(model, call, inputs)
     if trace.notes:
         warnings.warn(TraceWarning(says_followed(model, trace.notes)), stacklevel=3)
     return trace
@@ -180,9 +184,10 @@ class _Forward(nn.Module):
         super().__init__()
         self.model, self._extra = model, extra
         self.training = model.training
+        self.checks = PassChecks()
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        with _ViewsThatFit():
+        with _ViewsThatFit(), self.checks:
             return list(tensors_in(self.model(*args, **kwargs, **self._extra), set()))
 
 

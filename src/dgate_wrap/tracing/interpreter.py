@@ -150,7 +150,9 @@ class Interpreter(Layers):
         values = {n: self._fixed(n) for n in family.indices}
         known = all(v is not None for v in values.values()) and not family.adds
         why = self._says(node, "positions are picked by value")
-        if not known and any(self._varies(label_of(narrow(parts[0])), a) for a in family.axes):
+        labels = label_of(narrow(parts[0]))
+        apart = any(self._varies(labels, a) for a in family.axes)
+        if not known and apart and not (family.axes == (0,) and self._from_input(labels)):  # rows: of nodes, say
             self.structure.flag("frozen", label_of(narrow(parts[0])), why)
             return self._set_all(node, DATA)
         if not known:
