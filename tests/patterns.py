@@ -137,6 +137,17 @@ def _rows(
     return _case(name, lambda: Net(run, **parts()), ROWS, applies, **expect)
 
 
+def _factors(name: str, run: Callable[..., Any]) -> Case:
+    """Users and items, whose tables meet in products."""
+    parts = {"users": lambda: Embedding(9, 6), "items": lambda: Embedding(7, 6), "out": lambda: Linear(7, 2)}
+    return _case(
+        name,
+        lambda: Net(lambda m, i, j: run(m, m.users(i), m.items(j)), **{n: make() for n, make in parts.items()}),
+        lambda: (torch.randint(9, (4,)), torch.randint(7, (4,))),
+        embedding_dims=6,
+    )
+
+
 def _image(
     name: str, run: Callable[..., Any], parts: Callable[[], dict[str, Any]], *applies: str, **expect: Any
 ) -> Case:
@@ -480,6 +491,9 @@ GATES = [
     _through("sort", do(lambda x: x.sort(1)[0])),
     _through("top_k", do(lambda x: x.topk(3, 1)[0]), width=3),
     _rows("gather", lambda m, x: m.b(m.a(x).gather(1, x.argsort(1))), two(6, 4)),
+    _factors("factors", lambda m, u, v: (u * v).sum(1)),
+    _factors("factors_of_all", lambda m, u, v: u @ m.items.weight.T),
+    _factors("factors_and_more", lambda m, u, v: m.out(torch.cat([torch.bmm(u[:, None], v[..., None])[:, 0], u], 1))),
     _case(
         "neighbours",  # of nodes, whose features are added up along edges before any layer
         lambda: Net(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import warnings
 import weakref
@@ -9,7 +10,7 @@ from collections import Counter, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -824,3 +825,45 @@ def test_a_check_that_fails_on_the_example_is_told() -> None:
 def test_a_branch_that_does_something_is_no_check() -> None:
     with pytest.warns(TraceWarning):
         assert capture(Checked(_branches), torch.randn(4, 2, 3)).notes
+
+
+@functools.lru_cache
+def _causal(size: int) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool).tril()
+
+
+_MASKS: dict[int, Tensor] = {}
+
+
+class CachesMasks(nn.Module):
+    """Masks that are made once, in all the ways of code."""
+
+    masks: ClassVar[dict[int, Tensor]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    @staticmethod
+    @functools.lru_cache
+    def again(size: int) -> Tensor:
+        return _causal(size).clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for held in (_MASKS, self.masks):
+            if x.shape[1] not in held:
+                held[x.shape[1]] = self.again(x.shape[1])
+            x = x.masked_fill(~held[x.shape[1]][..., :1], 0.0)
+        return self.last(self.first(x).relu())
+
+
+def test_tensors_of_a_trace_stay_in_no_cache_of_the_code() -> None:
+    net, x = CachesMasks(), torch.randn(2, 5, 4)
+    dg.gate(net, "hidden", example_inputs=x)
+    kill_every_second(net)
+    expected = net(x)
+    assert type(_causal(5)) is Tensor
+    assert type(CachesMasks.again(5)) is Tensor
+    assert all(type(t) is Tensor for held in (_MASKS, CachesMasks.masks) for t in held.values())
+    out = dg.export(net, x, latency=False)
+    torch.testing.assert_close(out.model(x), expected)

@@ -2199,3 +2199,132 @@ def test_names_that_code_cannot_say_are_no_obstacle() -> None:
     out = dg.export(net, x, latency=False)
     assert out.report.rewritten == [""]
     assert out.report.removed == 4
+
+
+class Decoder(nn.Module):
+    """A loop over frames, the last of which is not fed, with a state of a size that is written in its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.cell, self.last = nn.Linear(4, 8), nn.LSTMCell(8, 12), nn.Linear(12, 4)
+        self.size = 12
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(2, 0, 1)
+        h = c = x.new_zeros(x.shape[1], self._size())
+        frames: list[Tensor] = []
+        for i in range(len(x) - 1):
+            h, c = self.cell(self.first(x[i]).relu(), (h, c))
+            frames.append(self.last(h))
+        return torch.stack(frames)
+
+    def _size(self) -> int:
+        return self.size
+
+
+class Written(Decoder):
+    def _size(self) -> int:
+        return 12
+
+
+@pytest.mark.parametrize(("kind", "removed"), [(Decoder, 10), (Written, 4)])
+def test_a_loop_over_frames_of_which_one_is_not_fed_is_cut(kind: type[nn.Module], removed: int) -> None:
+    torch.manual_seed(0)
+    net, x = kind(), torch.randn(2, 4, 6)
+    dg.gate(net, "channels", example_inputs=x)
+    kill_every_second(net)
+    report = dg.export(net, x, latency=False).report
+    assert report.pruning.dead == 10
+    assert report.removed == removed
+    assert not report.inputs
+
+
+class Spaced(RemembersHeads):
+    """Attention over a grid of as many steps as there are tokens, and as many as there are channels."""
+
+    def forward(self, x: Tensor, *, causal: bool = True) -> Tensor:
+        along = torch.linspace(0, 1, x.shape[1], device=x.device)
+        across = torch.linspace(-1.0, 1.0, steps=12, dtype=x.dtype)
+        split = self.qkv(x * along[:, None] + across).view(*x.shape[:2], 3, 3, 12 // 3).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*split.unbind(0), is_causal=causal).transpose(1, 2).reshape(*x.shape[:2], 12)
+        return self.out(y)
+
+
+def test_steps_between_two_numbers_stay_open(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 12), Spaced(), nn.Linear(12, 3)).double(), torch.randn(2, 5, 4).double()
+    dg.gate(net, "heads", example_inputs=x)
+    all_gates(net)[0].gamma.data[1] = 0
+    out = dg.export(net, x, latency=False)
+    assert out.report.removed == out.report.pruning.dead
+    fresh = nn.Sequential(nn.Linear(4, 12), Spaced(), nn.Linear(12, 3)).double()
+    loaded = dg.load(dg.save(out, tmp_path / "small"), fresh)
+    longer = torch.randn(3, 11, 4).double()
+    torch.testing.assert_close(loaded.eval()(longer), net.eval()(longer))
+
+
+class ReadsInTraining(nn.Module):
+    """Reads what it is given in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        return self.mix(x * keep if self.training else x).tanh()
+
+
+class HandsOn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = ReadsInTraining(), ReadsInTraining()
+        self.wide, self.narrow = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return self.last(self.narrow(self.wide(self.first(x, a)).view(-1, 24).relu()), b)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_modules_are_given_what_they_were_given_among_arguments_that_are_alike(inside: bool) -> None:
+    torch.manual_seed(0)
+    net: nn.Module = Around(HandsOn()) if inside else HandsOn()
+    x, ones = torch.randn(4, 12), torch.ones(4, 1)
+    dg.gate(net, "hidden", example_inputs=(x, ones, ones.clone()))
+    kill_every_second(net)
+    out = dg.export(net, (x, ones, ones.clone()), latency=False)
+    assert out.report.rewritten == (["inner"] if inside else [""])
+    given = torch.randn(4, 12), torch.rand(4, 1), torch.rand(4, 1)
+    torch.testing.assert_close(out.model.train()(*given), net.train()(*given))
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return self.inner(x, a, b)
+
+
+REGISTRY: dict[str, type[nn.Module]] = {}
+
+
+class Registered(nn.Module):
+    """Notes the classes that are derived from it."""
+
+    def __init_subclass__(cls) -> None:
+        REGISTRY["last"] = cls
+
+
+class Noted(Registered, Literal):
+    pass
+
+
+def test_registries_of_classes_do_not_hold_those_of_forwards_written_anew() -> None:
+    torch.manual_seed(0)
+    net, x = Noted(), torch.randn(4, 1, 8, 8)
+    dg.gate(net, "channels", example_inputs=x)
+    kill_every_second(net)
+    out = dg.export(net, x, latency=False)
+    assert isinstance(out.model, Noted)
+    assert {"last": Noted} == REGISTRY

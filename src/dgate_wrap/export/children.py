@@ -12,11 +12,18 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from ..tracing.origins import owners
-from .culprits import APART, Call, same_value, with_code
+from .culprits import APART, Begun, Call, same_value, with_code
 from .facts import Facts
 from .recipes import plain_signature, unbind
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Stands for a tensor that a forward is given, and hands on."""
+
+    index: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +32,7 @@ class Child:
 
     Args:
         path: The module.
-        args: Its arguments, with nodes in place of tensors.
+        args: Its arguments, with nodes in place of tensors, or what says which of those that the other one is given.
         kwargs: Those that have names.
         results: Per node that others read, by which indices its value is found in what the module returns.
     """
@@ -98,7 +105,8 @@ class Children:
             if inside.isdisjoint(spans[name]):
                 before = [n for n in given if n not in spans[name]]
                 before += nodes[: nodes.index(spans[name][0])]
-                child = self._child(recorded[name], spans[name], twins, before, part, outputs)
+                handed = _handed_on(call.chain[-1], recorded[name].chain[-1])
+                child = self._child(recorded[name], spans[name], twins, before, part, outputs, handed)
                 if child is not None:
                     found.append(child)
                     inside.update(spans[name])
@@ -112,6 +120,7 @@ class Children:
         before: list[Node],
         part: set[Node],
         outputs: Collection[Node],
+        handed: Mapping[int, Given],
     ) -> Child | None:
         """Return what a call takes and gives; ``None`` if the graph does not show all of it."""
         if call.sized or not _is_plain(call.arguments):
@@ -120,22 +129,38 @@ class Children:
         inside = set(span)
         read = [n for n in dict.fromkeys(m for n in span for m in n.all_input_nodes) if n not in inside]
         asked = [n for n in span if n in outputs or any(u in part and u not in inside for u in n.users)]
-        takes = self._matched([n for n in read if not self._is_held(n, twins)], leaves, twins)
+        takes = self._taken(read, before, leaves, twins, handed)
         results = dict(_tensors(call.result))
         gives = self._matched([n for n in asked if self._varies(n, twins)], [x for x, _ in results.values()], twins)
         if takes is None or gives is None:
             return None
-        for x in (
-            x for x in leaves if isinstance(x, Tensor) and id(x) not in takes
-        ):  # which it is given, and not reads
-            same = [n for n in [*read, *before] if n in twins and self._is(n, x, twins)]
-            if not same:
-                return None
-            takes[id(x)] = same[0]
         arguments = pytree.tree_unflatten([takes[id(x)] if isinstance(x, Tensor) else x for x in leaves], form)
         module = self._model.get_submodule(call.path)
         places = {node: results[x][1] for x, node in gives.items()}
         return Child(call.path, *unbind(plain_signature(module), arguments), places)
+
+    def _taken(
+        self,
+        read: list[Node],
+        before: list[Node],
+        leaves: list[Any],
+        twins: Mapping[Node, Node],
+        handed: Mapping[int, Given],
+    ) -> dict[int, Node | Given] | None:
+        """Return what each tensor is that a call is given; ``None`` if that is not certain, or it reads others too."""
+        tensors = {id(x): x for x in leaves if isinstance(x, Tensor)}
+        alike = {n: [i for i, x in tensors.items() if self._is(n, x, twins)] for n in read if n in twins}
+        if not all(alike[n] for n in alike if not self._is_held(n, twins)):
+            return None
+        found: dict[int, Node | Given] = {i: handed[i] for i in tensors if i in handed}
+        for i in (i for i in tensors if i not in found):
+            nodes = [n for n, same in alike.items() if i in same]
+            if not nodes:  # training alone may read it
+                nodes = [n for n in dict.fromkeys(before) if n in twins and self._is(n, tensors[i], twins)]
+            if len(nodes) != 1 or len(alike.get(nodes[0], [])) > 1:
+                return None
+            found[i] = nodes[0]
+        return found
 
     def _matched(self, nodes: list[Node], values: list[Any], twins: Mapping[Node, Node]) -> dict[int, Node] | None:
         """Return, by ``id``, which node each tensor is; ``None`` if a node is none of them, or may be several."""
@@ -160,6 +185,17 @@ class Children:
         """Tell whether a module has a node by itself: what it holds, and sizes of what it is given."""
         source = self._facts.trace.sources.get(twins[node]) if node in twins else None
         return node not in twins or (source is not None and source.kind != "input")
+
+
+def _handed_on(outer: Begun, inner: Begun) -> dict[int, Given]:
+    """Return which arguments of a call, by ``id``, are the very ones that the call around it was given."""
+    pairs = [(at, x) for at, x in zip(outer.objects, pytree.tree_leaves(outer.arguments), strict=True)]
+    held = {at: (Given(i), x) for i, (at, x) in enumerate(p for p in pairs if isinstance(p[1], Tensor))}
+    found: dict[int, Given] = {}
+    for at, x in zip(inner.objects, pytree.tree_leaves(inner.arguments), strict=True):
+        if isinstance(x, Tensor) and at in held and same_value(held[at][1], x):  # it may have been written to
+            found[id(x)] = held[at][0]
+    return found
 
 
 def _is_plain(tree: Any) -> bool:

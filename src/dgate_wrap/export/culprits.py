@@ -33,10 +33,17 @@ _MASKING = 1e4
 
 @dataclass(frozen=True)
 class Begun:
-    """The begin of a call: the modules it is within, from the outermost to the called one, and arguments by name."""
+    """The begin of a call.
+
+    Args:
+        within: The modules it is within, from the outermost to the called one.
+        arguments: Its arguments by name.
+        objects: Per leaf of the arguments, the ``id`` of the object that was given.
+    """
 
     within: tuple[str, ...]
     arguments: dict[str, Any]
+    objects: tuple[int, ...]
 
     @property
     def path(self) -> str:
@@ -96,7 +103,8 @@ def _watching(
     def watch(path: str, module: nn.Module) -> None:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             within = (*(begun.path for begun in open_calls), path)
-            open_calls.append(Begun(within, _copied(bind(signature, args, kwargs))))
+            arguments = bind(signature, args, kwargs)
+            open_calls.append(Begun(within, _copied(arguments), tuple(map(id, pytree.tree_leaves(arguments)))))
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             calls.append(Call(tuple(open_calls), _copied(result)))

@@ -32,7 +32,9 @@ def colder(subject: Subject, calls: list[Call], frozen: Frozen, path: str, fille
         if step not in frozen.fills | frozen.reshapes and step in filled:
             return replace(frozen, fills=frozen.fills | alike)
         if step not in frozen.reshapes and alike & working:
-            return replace(frozen, reshapes=frozen.reshapes | alike)
+            return replace(frozen, reshapes=frozen.reshapes | alike, made=frozen.made - alike)
+        if step not in frozen.made | frozen.modules and step in making:
+            return replace(frozen, made=frozen.made | alike)
         if step not in frozen.modules and alike & working:
             return replace(frozen, modules=frozen.modules | alike)
         step = step.rpartition(".")[0] if step else None

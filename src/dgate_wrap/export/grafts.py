@@ -229,9 +229,17 @@ class Grafts:
         for i, at in enumerate(places):
             leaves[at] = Sized(tensors + i)
         arguments = pytree.tree_unflatten(leaves, form)
-        takes = {"dict": {n: describe_tree(v, given) for n, v in arguments.items()}}
+        takes, names = {"dict": dict[str, Any]()}, dict[int, str]()
+        for name, value in arguments.items():
+            names[len(given)] = name if isinstance(value, Tensor) else ""
+            takes["dict"][name] = describe_tree(value, given)
         read = {n for node in nodes for n in node.all_input_nodes if n not in inside}
         inputs = [self._given(x, read, self._names(path), twins) for x in given]
+        if not path:  # of several that are alike
+            exact = {
+                s.name: n for n, t in twins.items() if (s := self.facts.trace.sources.get(t)) and s.kind == "input"
+            }
+            inputs = [[exact[names[i]]] if names.get(i) in exact else same for i, same in enumerate(inputs)]
         candidates = [*reversed(nodes), *(n for same in inputs for n in same)]
         outputs: list[Node] = []
 
@@ -247,11 +255,11 @@ class Grafts:
             return x
 
         gives = describe_tree(pytree.tree_map(find, call.result), [])
-        names = self._names(path)
+        own = self._names(path)
         known = [n for same in inputs for n in same]
         children = self._children.of(call, nodes, twins, known, outputs, inlined)
-        children = [c for c in children if c.path in names]
-        write = functools.partial(rewriter.write, nodes, inputs, outputs, names, numbers)
+        children = [c for c in children if c.path in own]
+        write = functools.partial(rewriter.write, nodes, inputs, outputs, own, numbers)
         try:
             part = write(children)
         except UnwritableError:  # does it all by itself, then

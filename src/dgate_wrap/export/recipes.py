@@ -14,6 +14,7 @@ import operator
 import re
 import sys
 import types
+from abc import ABCMeta
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -356,6 +357,9 @@ class Rewritten(nn.Module):
     _kind: type[nn.Module] = nn.Module
     """The class of the module that it stands for."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep the classes of rewritten modules out of registries that the classes they stand for fill."""
+
     def __init__(self, original: nn.Module, recipe: Recipe, constants: dict[str, Tensor]) -> None:
         nn.Module.__init__(self)  # and not that of the class it stands for
         self.__dict__.update(_attributes(original))
@@ -473,10 +477,12 @@ def rewritten(original: nn.Module, recipe: Recipe, constants: dict[str, Tensor])
 def _class_beside(kind: type[nn.Module]) -> type[Rewritten]:
     """Return the class of modules whose forward is a graph, and that are modules of a class of the user's too.
 
-    One that copies or pickles its modules in a way of its own, or cannot be derived from, is left out.
+    One that copies or pickles its modules in a way of its own, notes which classes there are, or cannot be derived
+    from, is left out.
     """
-    own = (c for c in kind.__mro__ if c not in nn.Module.__mro__)
-    if kind is nn.Module or any({"__deepcopy__", "__reduce__", "__reduce_ex__"} & {*vars(c)} for c in own):
+    special = {"__deepcopy__", "__reduce__", "__reduce_ex__"}
+    own = {name for c in kind.__mro__ if c not in nn.Module.__mro__ for name in vars(c)}
+    if kind is nn.Module or type(kind) not in (type, ABCMeta) or special & own:
         return Rewritten
 
     def forward(self: Rewritten, *args: Any, **kwargs: Any) -> Any:

@@ -17,13 +17,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
 
 from ..tracing.families import Attention, Contraction, Pointwise, Product
 from ..tracing.lowering import CAST
 from ..tracing.operations import op_name, shape_of
 from ..tracing.origins import owner, owners, where
 from ..tracing.symbolic import Symbolic, is_open
-from .children import Child
+from .children import Child, Given
 from .constants import rounding
 from .plan import Permissions, folded_constant
 from .scatter import places_of
@@ -141,8 +142,9 @@ class Writing:
         self.facts = rewriter.facts
         self.graph = Graph()
         self.made: dict[Node, Any] = {}
-        for i, same in enumerate(inputs):
-            self.made.update(dict.fromkeys(same, self.graph.placeholder(f"x{i}")))
+        self.given = [self.graph.placeholder(f"x{i}") for i in range(len(inputs))]
+        for placeholder, same in zip(self.given, inputs, strict=True):
+            self.made.update(dict.fromkeys(same, placeholder))
         self.sizes = Sizes(rewriter.symbolic, self.graph, self.made, rewriter.sizes, numbers)
         self.constants: dict[str, Tensor] = {}
         self._children = {n: child for child in children for n in child.results}
@@ -323,7 +325,8 @@ class Writing:
     def _returned(self, child: Child, node: Node) -> Node:
         """Call a module, once, and return what it gives for a node."""
         if child not in self._called:
-            args, kwargs = torch.fx.map_arg((child.args, child.kwargs), self._get)
+            handed = pytree.tree_map_only(Given, lambda x: self.given[x.index], (child.args, child.kwargs))
+            args, kwargs = torch.fx.map_arg(handed, lambda n: n if n in self.given else self._get(n))
             self._called[child] = self.graph.call_module(self.names[child.path], args, kwargs)
         made = self._called[child]
         for step in child.results[node]:

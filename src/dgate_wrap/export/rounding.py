@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _SUMS = (
-    *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "addr", "convolution", "_trilinear"),
+    *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "addr", "convolution", "_trilinear"),
     *("sum", "mean", "var", "std", "cumsum", "logsumexp", "linalg_vector_norm", "_softmax", "_log_softmax"),
     *("native_layer_norm", "native_group_norm", "_embedding_bag", "_cdist_forward", "_fft_r2c", "_fft_c2c", "_fft_c2r"),
     *("mkldnn_rnn_layer", "_transformer_encoder_layer_fwd", "_native_multi_head_attention"),

@@ -93,14 +93,19 @@ def smallest(dense: nn.Module, subject: Subject, verifier: Verifier, *, rewrite:
         ExportError: If no network was found equal, or none can be compared.
     """
     search = _Search(dense, subject, verifier, select_inputs=select_inputs)
+    found: Found | None = None
     try:
         try:
-            return _smallest(search, rewrite=rewrite)
+            found = _smallest(search, rewrite=rewrite)
         except ExportError:
             if not search.takes_less:
                 raise
-        search.whole_inputs = True  # some code asks for them
-        return _smallest(search, rewrite=rewrite)
+        if found is None or (search.takes_less and found.frozen != search.start):  # some code asks for whole inputs
+            search.whole_inputs = True
+            with contextlib.suppress(ExportError) if found is not None else contextlib.nullcontext():
+                whole = _smallest(search, rewrite=rewrite)
+                found = whole if found is None or whole.size < found.size else found
+        return found
     except Unsteady as e:
         raise e.error() from e
 

@@ -23,7 +23,7 @@ from .demands import demand
 from .facts import Facts
 from .masks import any_of, is_any, on_axis, project
 from .terms import Terms
-from .vectors import NEEDED, Allowed, Vectors
+from .vectors import NEEDED, Allowed, Vectors, makes
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ class Widths(Vectors):
             if node.op == "call_function" and (owner(node) or "") in self.allowed.frozen.modules:
                 for n in (node, *(n for n in node.all_input_nodes if n in self.facts.varying)):
                     self.keep_results(n, self.says(node, "the code computes with its size"))
+            if makes(node) and (owner(node) or "") in self.allowed.frozen.made:
+                self.keep_results(node, self.written_down(node, "its size is written in the code"))
             if node in self.allowed.frozen.idle:
                 self.keep_results(node, self.reason("code that the graph does not show reads it"))
             if node.op == "output":

@@ -133,12 +133,14 @@ def embedding_dims(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
 
     A group is the embedding column and all that is written to the same dimension: rows of the projections that are
     added to it, position tables, norm weights. Zeroing it makes the dimension zero in the whole stream. RMSNorm can be
-    corrected exactly for the dimensions that are gone; LayerNorm subtracts a mean over the width, and refuses.
+    corrected exactly for the dimensions that are gone; LayerNorm subtracts a mean over the width, and refuses. What
+    meets in products is a query or key where there are heads of attention; elsewhere it is a factor, as of users and
+    items.
     """
     structure = find_structure(trace)
     stream = structure.produced("row") & structure.flagged("added") & structure.flagged("norm")
     dims = structure.produced("table") | stream
-    dims -= structure.flagged("scores", "value")
+    dims -= structure.flagged("scores", "value") if structure.heads else set[int]()
     mend = 'dg.gate(model, "channels", example_inputs=x) gates them without removing them'
     return _select(structure, dims, (*UNMOVABLE, "centered"), "embedding dimension", mend)
 

@@ -30,8 +30,9 @@ from .lowering import is_symbol, lower
 from .origins import name_owners, recorded_owners, spot_of
 from .recorder import PREFIX, Recording, UnrecordableError, record, says_at, storage_of, tensors_in
 from .refusals import first_line, innermost, require_running, says_followed, untraceable
-from .rewrite import split_einsums
+from .rewrite import OpenSteps, split_einsums
 from .settings import (
+    caches_kept,
     calls_shown,
     evaluating,
     forget_results,
@@ -170,6 +171,7 @@ def _settings(model: nn.Module, inputs: Inputs) -> Generator[dict[str, Any]]:
         without_cache(model, inputs) as extra,
         torch.no_grad(),
         calls_shown(model),
+        caches_kept(model),
         quiet(),
         masks_as_given(),
         lstm_states(),
@@ -184,10 +186,10 @@ class _Forward(nn.Module):
         super().__init__()
         self.model, self._extra = model, extra
         self.training = model.training
-        self.checks = PassChecks()
+        self.checks, self.spaced = PassChecks(), OpenSteps()
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        with _ViewsThatFit(), self.checks:
+        with _ViewsThatFit(), self.spaced, self.checks:  # which look at the line that asks
             return list(tensors_in(self.model(*args, **kwargs, **self._extra), set()))
 
 
@@ -250,6 +252,7 @@ def export_open(
             forget_results(model)
             exported = torch.export.export(call, given, dynamic_shapes=sizes, strict=False)
             lowered = lower(exported)
+            call.spaced.restore(lowered.graph)
             name_owners(lowered.graph, model)
             yield lowered, inputs
 

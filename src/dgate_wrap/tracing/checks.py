@@ -1,4 +1,4 @@
-"""Pass checks of values by, such as ``assert torch.isfinite(h).all()``: they decide nothing but whether a forward fails.
+"""Pass checks of values by, such as ``assert torch.isfinite(h).all()``: they only decide whether a forward fails.
 
 A trace knows no values, so that any branch on them ends it. Of a check it is known which way the forward goes on.
 """

@@ -1,12 +1,49 @@
-"""Write operations of many operands as chains of operations of two, so that one rule serves them all."""
+"""Write operations otherwise, so that one rule serves them all: those of many operands as chains of those of two."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.overrides import TorchFunctionMode
+
+
+class OpenSteps(TorchFunctionMode):
+    """Leaves open how many numbers ``torch.linspace`` gives, which torch would take for a constant.
+
+    A tensor filled with a number of its own stands for each in the trace, until it is put back into the graph.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ends: dict[float, tuple[Any, Any]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.linspace:
+            start, end, *steps = (*args, *[None] * 3)[:3]
+            named = {"start": start, "end": end, "steps": steps[0]} | (kwargs or {})
+            start, end, count = (named.pop(name) for name in ("start", "end", "steps"))
+            if isinstance(count, torch.SymInt) and not isinstance(start, Tensor) and not isinstance(end, Tensor):
+                mark = _MARK + len(self._ends)
+                self._ends[mark] = start, end
+                dtype = named.pop("dtype", None) or torch.get_default_dtype()
+                return torch.full((count,), mark, dtype=dtype, **named)
+        return func(*args, **(kwargs or {}))
+
+    def restore(self, graph: Graph) -> None:
+        """Put what was asked for in the place of what stands for it."""
+        aten: Any = torch.ops.aten
+        for node in graph.find_nodes(op="call_function", target=aten.full.default):
+            size, fill = node.args
+            if fill in self._ends:
+                node.target, node.args = aten.linspace.default, (*self._ends[fill], size[0])
+
+
+_MARK = 271828.1828
+"""The first of the numbers that stand for others; no code is likely to have it."""
 
 
 def letters(equation: str, dims: list[int]) -> tuple[list[str], str]:

@@ -8,6 +8,7 @@ import io
 import logging
 import operator
 import random
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
@@ -58,6 +59,34 @@ def lstm_states() -> Generator[None]:
         yield
     finally:
         decompositions.one_layer_lstm = run
+
+
+@contextlib.contextmanager
+def caches_kept(model: nn.Module) -> Generator[None]:
+    """Leave no tensor of a trace in caches of the user's code: ``functools.lru_cache``, and containers of its files."""
+    classes = {c for m in model.modules() for c in type(m).__mro__ if _is_foreign(c.__module__)}
+    files = [vars(m) for n, m in [*sys.modules.items()] if _is_foreign(n) and hasattr(m, "__dict__")]
+    own = [vars(sys.modules[n]) for n in {c.__module__ for c in classes} if n in sys.modules]
+    functions = [getattr(f, "__func__", f) for space in [*files, *map(vars, classes)] for f in [*space.values()]]
+    wrapped = [f for f in functions if isinstance(f, _CACHED)]
+    held = [c for space in [*own, *map(vars, classes)] for c in space.values() if type(c) in _CONTAINERS]
+    misses, contents = [(f, f.cache_info().misses) for f in wrapped], [(c, c.copy()) for c in held]
+    try:
+        yield
+    finally:
+        for f, before in misses:
+            if f.cache_info().misses != before:
+                f.cache_clear()
+        _put_back(contents)
+
+
+def _is_foreign(module: str) -> bool:
+    """Tell whether a module is the user's, or of a library that is not torch's."""
+    name = module.partition(".")[0]
+    return name not in sys.stdlib_module_names and name not in ("torch", "numpy", "sympy", "mpmath", "dgate_wrap")
+
+
+_CACHED = type(functools.lru_cache(int))
 
 
 @contextlib.contextmanager
@@ -181,12 +210,17 @@ def unchanged(model: nn.Module, *, buffers: bool = False) -> Generator[None]:
     try:
         yield
     finally:
-        for container, content in contents:
-            if not _same_content(container, content):
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(content)
+        _put_back(contents)
         for buffer, value in values:
             buffer.data.copy_(value)
+
+
+def _put_back(contents: list[tuple[Any, Any]]) -> None:
+    """Let containers hold again what they held."""
+    for container, content in contents:
+        if not _same_content(container, content):
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
 
 
 def forget_results(model: nn.Module) -> None:

@@ -178,7 +178,7 @@ def _embedding(node: Node, varying: frozenset[Node]) -> Family | None:
 SUMS: dict[str, OpRule] = {
     "linear": _linear,
     "addmm": _addmm,
-    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot"), _matmul),
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot"), _matmul),
     **dict.fromkeys(("_grouped_mm", "transformers.grouped_mm_fallback"), _grouped_mm),
     "einsum": _einsum,
     "tensordot": _tensordot,
