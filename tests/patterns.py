@@ -491,6 +491,12 @@ GATES = [
     _through("sort", do(lambda x: x.sort(1)[0])),
     _through("top_k", do(lambda x: x.topk(3, 1)[0]), width=3),
     _rows("gather", lambda m, x: m.b(m.a(x).gather(1, x.argsort(1))), two(6, 4)),
+    _sequence(
+        "sum_of_gated",  # states of children, each with a gate of its own, as in a tree
+        lambda m, x: m.out((torch.sigmoid(m.gate(x)) * torch.tanh(m.state(x))).sum(1)),
+        lambda: {"gate": Linear(8, 6), "state": Linear(8, 6), "out": Linear(6, 2)},
+        hidden=6,
+    ),
     _factors("factors", lambda m, u, v: (u * v).sum(1)),
     _factors("factors_of_all", lambda m, u, v: u @ m.items.weight.T),
     _factors("factors_and_more", lambda m, u, v: m.out(torch.cat([torch.bmm(u[:, None], v[..., None])[:, 0], u], 1))),

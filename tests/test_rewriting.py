@@ -2328,3 +2328,134 @@ def test_registries_of_classes_do_not_hold_those_of_forwards_written_anew() -> N
     out = dg.export(net, x, latency=False)
     assert isinstance(out.model, Noted)
     assert {"last": Noted} == REGISTRY
+
+
+class Spiking(nn.Module):
+    """Remembers what it was given, until code around it resets that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level, self.seen, self.gain = torch.zeros(()), list[Tensor](), 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.level = self.gain * self.level + x
+        self.seen.append(x)
+        return torch.stack(self.seen).sum(0) + self.level
+
+
+class Resets(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.wide, self.narrow, self.spike = nn.Linear(12, 24), nn.Linear(24, 12), Spiking()
+        self.nothing = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.narrow(self.wide(x).view(-1, 24).relu())
+        if self.how == "resets":
+            self.spike.level, self.spike.seen = torch.zeros(()), []
+        else:  # each of which stays what it was
+            self.spike.gain = 0.25
+            self.spike.level = self.nothing
+            self.spike.seen.clear()
+        return self.spike(x)
+
+
+@pytest.mark.parametrize("how", ["resets", "sets"])
+def test_what_a_forward_resets_in_a_module_before_it_calls_it_is_reset_when_written_anew(
+    how: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, 12), Resets(how), nn.Linear(12, 2)), torch.randn(4, 5)
+    net(x)
+    dg.gate(net, "hidden", example_inputs=x)
+    kill_every_second(net)
+    out = dg.export(net, x, latency=False)
+    assert out.report.rewritten == ["1"]
+    fresh = nn.Sequential(nn.Linear(5, 12), Resets(how), nn.Linear(12, 2))
+    loaded = dg.load(dg.save(out, tmp_path / "small"), fresh)
+    for _ in range(2):
+        for given in (x, torch.randn(3, 5)):
+            expected = net.eval()(given)
+            torch.testing.assert_close(out.model.eval()(given), expected)
+            torch.testing.assert_close(loaded.eval()(given), expected)
+
+
+class SharesJump(nn.Module):
+    """Layers of a decoder of learned queries, which share what they do in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.jump = Sometimes()
+        self.layers = nn.ModuleList(Queries(self.jump) for _ in range(2))
+        self.queries, self.embed = nn.Parameter(torch.randn(1, 5, 12)), nn.Linear(6, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries, x = self.queries.expand(x.shape[0], -1, -1), self.embed(x)
+        for layer in self.layers:
+            queries = layer(queries, x)
+        return queries
+
+
+class Queries(nn.Module):
+    def __init__(self, jump: nn.Module) -> None:
+        super().__init__()
+        self.jump, self.own = jump, Attention()
+        self.wide, self.narrow = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, q: Tensor, x: Tensor) -> Tensor:
+        q = q + self.jump(self.own(q, causal=False).tanh())  # of the queries alone, in the first layer
+        q = q + self.jump((q @ x.transpose(1, 2)).softmax(-1) @ x)
+        return q + self.jump(self.narrow(self.wide(q).view(-1, 5, 24).relu()))
+
+
+def test_modules_that_are_shared_or_given_parameters_alone_are_called_in_training() -> None:
+    torch.manual_seed(0)
+    net, x = SharesJump(), torch.randn(4, 7, 6)
+    dg.gate(net, "hidden", example_inputs=x)
+    kill_every_second(net)
+    out = dg.export(net, x, latency=False)
+    assert out.report.rewritten == ["layers.0", "layers.1"]
+    outputs: list[Tensor] = []
+    for model in (net, out.model):
+        for module in model.train().modules():
+            module.training = not isinstance(module, nn.Dropout)
+        torch.manual_seed(1)
+        outputs.append(model(x))
+    torch.testing.assert_close(*outputs)
+    assert not torch.allclose(out.model.eval()(x), outputs[0])
+
+
+class Freezes(Literal):
+    """Keeps a part of it from training, in its forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.first.eval()
+        return super().forward(x)
+
+
+class StopsInTraining(Literal):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(F.relu(self.stem(x)), 2.0)["out"]
+        return self.head(self.norm((x.detach() if self.training else x).view(-1, 288)))
+
+
+def test_parts_that_a_forward_keeps_from_training_and_stops_in_training_are_told() -> None:
+    for kind, untrained in ((Freezes, [""]), (StopsInTraining, [])):
+        torch.manual_seed(0)
+        net, x = kind(Still).double(), torch.randn(4, 1, 8, 8, dtype=torch.double)
+        net.first = Still()
+        dg.gate(net.double(), "channels", example_inputs=x)
+        kill_every_second(net)
+        certificate = dg.export(net, x, latency=False).report.certificate
+        assert certificate.untrained == untrained
+        assert (certificate.gradient_error or 0.0) > 1e-3 if kind is StopsInTraining else True
+
+
+class Still(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor, scale: float = 1.0, **_: Any) -> dict[str, Tensor]:
+        return {"out": x + F.relu(self.conv(x)) * scale}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from ..gating import ungate
 from ..pruning import PruneReport, prune
 from ..tracing import Inputs, capture, normalize_inputs
 from ..tracing.capture import all_tensors
+from ..tracing.families import NormedWeight
 from ..tracing.inputs import without_cache
 from ..tracing.refusals import require_running
 from ..tracing.settings import evaluating, forget_results, full_precision
@@ -32,7 +34,7 @@ from .report import Kept, Report, Size, find_kept, latencies, measure
 from .search import Found, differing, smallest
 from .selection import reduced
 from .subject import Subject
-from .uses import gradient_error, lost_in_training
+from .training import gradient_error, lost_in_training
 from .verify import Verifier, finite, run, to_double
 
 _LARGE = 2 * 2**30
@@ -299,9 +301,17 @@ def _look_at_training(dense: nn.Module, found: Found, inputs: Inputs, certificat
     untrained = lost_in_training(dense, found.plan.recipes, inputs)
     if weight_bytes(dense) > _LARGE:
         return replace(certificate, untrained=untrained)
-    here = found.subject.inputs
-    taken = reduced(here, found.exact, found.plan.taken)
-    apart = gradient_error(found.subject.model, found.exact, (here, taken), found.plan.cuts)
+    here, families = found.subject.inputs, found.widths.facts.families.values()
+    gains = {found.widths.facts.trace.sources[f.g].name for f in families if isinstance(f, NormedWeight)}
+    look = functools.partial(
+        gradient_error,
+        (found.subject.model, found.exact),
+        (here, reduced(here, found.exact, found.plan.taken)),
+        found.plan.cuts,
+        gains | {*found.plan.rescaled},
+    )
+    errors = [look(training=False), None if untrained else look(training=True)]
+    apart = max((e for e in errors if e is not None), default=None)
     return replace(certificate, untrained=untrained, gradient_error=apart)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +13,10 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from ..tracing import Inputs
+from ..tracing.inputs import PLAIN, without_cache
 from ..tracing.origins import owners
+from ..tracing.settings import attributes_written, evaluating, is_plain, same_random_numbers, unchanged
 from .culprits import APART, Begun, Call, same_value, with_code
 from .facts import Facts
 from .recipes import plain_signature, unbind
@@ -55,11 +60,12 @@ class Children:
         model: The model.
         calls: Every call of its modules.
         facts: What is known of its trace.
+        changing: Modules whose attributes change in a run: code around them may reset these.
     """
 
-    def __init__(self, model: nn.Module, calls: list[Call], facts: Facts) -> None:
+    def __init__(self, model: nn.Module, calls: list[Call], facts: Facts, changing: Collection[str]) -> None:
         self._model, self._calls, self._facts = model, calls, facts
-        self._with_code = {n for n, _ in model.named_modules() if with_code(model, n) == n}
+        self._callable = {n for n, _ in model.named_modules() if with_code(model, n) == n and n not in changing}
 
     def of(
         self,
@@ -87,7 +93,7 @@ class Children:
         spans, depths, paths = dict[str, list[Node]](), dict[str, int](), dict[str, list[str]]()
         for node in nodes:
             for depth, (name, path) in enumerate(owners(node).items()):
-                if path not in made or path in inlined or path not in self._with_code:
+                if path not in made or path in inlined or path not in self._callable:
                     continue
                 if name not in spans:
                     paths.setdefault(path, []).append(name)
@@ -131,9 +137,12 @@ class Children:
         asked = [n for n in span if n in outputs or any(u in part and u not in inside for u in n.users)]
         takes = self._taken(read, before, leaves, twins, handed)
         results = dict(_tensors(call.result))
-        gives = self._matched([n for n in asked if self._varies(n, twins)], [x for x, _ in results.values()], twins)
+        values = [x for x, _ in results.values()]
+        gives = self._matched([n for n in asked if self._varies(n, twins)], values, twins)
         if takes is None or gives is None:
             return None
+        fixed = [n for n in asked if n in twins and not self._varies(n, twins)]  # of parameters alone, say
+        gives |= self._matched(fixed, [x for x in values if id(x) not in gives], twins) or {}
         arguments = pytree.tree_unflatten([takes[id(x)] if isinstance(x, Tensor) else x for x in leaves], form)
         module = self._model.get_submodule(call.path)
         places = {node: results[x][1] for x, node in gives.items()}
@@ -185,6 +194,50 @@ class Children:
         """Tell whether a module has a node by itself: what it holds, and sizes of what it is given."""
         source = self._facts.trace.sources.get(twins[node]) if node in twins else None
         return node not in twins or (source is not None and source.kind != "input")
+
+
+def changing(model: nn.Module, inputs: Inputs) -> frozenset[str]:
+    """Return the modules that, or modules in which, anything but the values of parameters changes in a run."""
+    found: set[str] = set()
+    inside = {path: [*module.modules()] for path, module in model.named_modules()}
+
+    def look(path: str, *_: object) -> None:
+        if path not in found and any(not _same_state(before[id(m)], _state(m)) for m in inside[path]):
+            found.add(path)
+
+    handles = [m.register_forward_pre_hook(functools.partial(look, p)) for p, m in model.named_modules()]
+    handles += [m.register_forward_hook(functools.partial(look, p)) for p, m in model.named_modules()]
+    before = {id(m): _state(m) for m in model.modules()}
+    given, undo, written = inputs.map(Tensor.clone), unchanged(model, buffers=True), attributes_written()
+    try:
+        same = same_random_numbers(model)
+        with evaluating(model), torch.no_grad(), undo, same, without_cache(model, given) as extra, written as told:
+            model(*given.args, **given.kwargs, **extra)
+    finally:
+        for handle in handles:
+            handle.remove()
+    new = {m for m, _ in told}  # what is set to what it is may be something else in a model that is made anew
+    return frozenset(found | {p for p, modules in inside.items() if not new.isdisjoint(modules)})
+
+
+def _state(module: nn.Module) -> list[Any]:
+    """Return what a module remembers: its attributes, what is in those that hold others, and versions of tensors."""
+    held: list[Any] = []
+    for value in (x for name, x in vars(module).items() if not name.startswith("_forward")):
+        held.append(value)
+        if isinstance(value, dict):
+            held += value.values()
+        elif isinstance(value, list | tuple | set | deque):
+            held += value
+        elif is_plain(value):
+            held += vars(value).values()
+    return [*held, *(x._version for x in held if isinstance(x, Tensor))]
+
+
+def _same_state(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(
+        x is y or (isinstance(x, PLAIN) and type(x) is type(y) and x == y) for x, y in zip(a, b, strict=True)
+    )
 
 
 def _handed_on(outer: Begun, inner: Begun) -> dict[int, Given]:

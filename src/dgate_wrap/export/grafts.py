@@ -86,6 +86,7 @@ class Grafts:
         spared: Modules whose own code stays.
         parts: Graphs of modules alone to write them from, in place of that of the whole model.
         dropouts: How much each attention of the trace drops in training.
+        changing: Modules whose attributes change in a run.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Grafts:
         spared: Collection[str] = (),
         parts: Parts | None = None,
         dropouts: Mapping[Node, float] | None = None,
+        changing: Collection[str] = (),
     ) -> None:
         self.model, self.symbolic, self.calls, self.spared, self._parts = model, symbolic, calls, spared, parts
         self.facts, self._widths = widths.facts, widths
@@ -110,7 +112,7 @@ class Grafts:
         self._new_biases = plan.new_biases
         self._spans = spans(symbolic.graph)
         self._called = {c.path for c in calls}
-        self._children = Children(model, calls, self.facts)
+        self._children = Children(model, calls, self.facts, changing)
         self._silent: set[str] = set()
         """Modules whose new forward does not give all that the old one gave."""
 
@@ -318,12 +320,9 @@ class Grafts:
         """Return the names of tensors and layers of the whole model as a module sees them."""
         module = self._modules[path]
         names = {self._first[id(t)]: n for n, t in reversed(list(all_tensors(module)))}
-        prefix = f"{path}." if path else ""
-        names |= {prefix + n: n for n, _ in module.named_modules() if n}
-        for owner in self._new_biases:
-            bias = f"{owner}.bias" if owner else "bias"
-            if bias.startswith(prefix):
-                names[bias] = bias.removeprefix(prefix)
+        held = {id(m): n for n, m in reversed(list(module.named_modules(remove_duplicate=False)))}
+        names |= {n: held[id(m)] for n, m in self._modules.items() if id(m) in held}
+        names |= {f"{p}.bias".lstrip("."): f"{names[p]}.bias".lstrip(".") for p in self._new_biases if p in names}
         return names
 
 

@@ -19,6 +19,7 @@ from ..tracing.families import NormedWeight
 from ..tracing.inputs import has_cache
 from ..tracing.symbolic import Symbolic, is_open
 from .certificate import Certificate, Mismatch, Unsteady
+from .children import changing
 from .copies import share
 from .culprits import (
     Call,
@@ -172,7 +173,7 @@ class _Search:
         self.subject = subject
         self.permissions = Permissions(subject.model, subject.facts.trace, subject.facts.families)
         self._calls: list[Call] | None = None
-        self._dropped: dict[Node, float] | None = None
+        self._runs: tuple[dict[Node, float], frozenset[str]] | None = None
 
     def could_gain(self, own: Found) -> bool:
         """Tell whether forwards that are written anew could make it enough smaller, if no code stood in the way."""
@@ -489,15 +490,15 @@ class _Search:
             self.calls,
             self._spared,
             self._parts,
-            self._dropouts,
+            *self._seen(),
         )
 
-    @property
-    def _dropouts(self) -> dict[Node, float]:
-        """How much each attention drops in training."""
-        if self._dropped is None:
-            self._dropped = attention_dropouts(self.subject.model, self.subject.inputs, self.subject.facts)
-        return self._dropped
+    def _seen(self) -> tuple[dict[Node, float], frozenset[str]]:
+        """Return how much each attention drops in training, and the modules whose attributes change in a run."""
+        if self._runs is None:
+            model, inputs = self.subject.model, self.subject.inputs
+            self._runs = attention_dropouts(model, inputs, self.subject.facts), changing(model, inputs)
+        return self._runs
 
     def _without_dead(self, draft: Draft, grafts: Grafts | None) -> Iterator[Draft]:
         """Yield drafts without dead branches, the boldest first."""

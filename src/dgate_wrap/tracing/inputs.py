@@ -56,7 +56,7 @@ class Inputs:
     def calls(self, model: nn.Module, times: int, /, **extra: Any) -> list[Any]:
         """Call a model several times, each call on what the ones before left of its state; nothing of that stays."""
         given = [self.map(Tensor.clone) for _ in range(times)]
-        buffers = {b.untyped_storage().data_ptr() for b in model.buffers()}
+        buffers = {b.untyped_storage().data_ptr() for b in model.buffers() if b.layout == torch.strided}
 
         def apart(x: Tensor) -> Tensor:  # what is a buffer, or a view of one, would be put back as it was too
             strided = x.layout == torch.strided

@@ -52,6 +52,7 @@ from .structure import (
     narrow,
     state_of,
 )
+from .sums import is_sparse
 from .words import fit
 
 
@@ -83,12 +84,26 @@ class Interpreter(Layers):
             isinstance(family, Barrier) or (isinstance(family, Contraction) and family.weight.op != "placeholder")
         ):
             self._set_all(node, CONSTANT)
-        elif summed_by(node) is not None:
+        elif (total := summed_by(node)) is not None and not self._adds_up_positions(node, total):
             self._set_all(node, DATA)  # its sum reads the factors
-        elif isinstance(family, Mixing) and (product := summed_product(node, family)) is not None:
+        elif (
+            isinstance(family, Mixing)
+            and (product := summed_product(node, family)) is not None
+            and not self._adds_up_positions(family.x, node)
+        ):
             self._label(product, node)
         else:
             self._label(family, node)
+
+    def _adds_up_positions(self, node: Node, total: Node) -> bool:
+        """Tell whether both factors of a product have channels along axes that its sum leaves, or one is known."""
+        mixed, dims = cast(Mixing, self.families[total]).mixed, len(shape_of(node))
+        words = [self._aligned(narrow(self._words(n)), dims) for n in node.all_input_nodes]
+        a, b = ({axis for axis in range(dims) if self._varies(label_of(w), axis)} for w in words)
+        known = any(
+            n in self.varying and bool((w == CONSTANT).all()) for n, w in zip(node.all_input_nodes, words, strict=True)
+        )
+        return (bool(a & b) or known) and (a | b).isdisjoint(mixed)
 
     def _receive(self, node: Node) -> None:
         """Give every element of a floating-point input a label of its own; the first contraction unites features."""
@@ -267,7 +282,7 @@ class Interpreter(Layers):
 
     @_label.register
     def _(self, family: Product, node: Node) -> None:
-        if (family.a in self.varying) != (family.b in self.varying):
+        if (family.a in self.varying) != (family.b in self.varying) and not any(map(is_sparse, family.inputs)):
             if family.a in self.varying:
                 x, w, x_axes, w_axes = family.a, family.b, family.a_axes, family.b_axes
             else:

@@ -67,8 +67,9 @@ def caches_kept(model: nn.Module) -> Generator[None]:
     classes = {c for m in model.modules() for c in type(m).__mro__ if _is_foreign(c.__module__)}
     files = [vars(m) for n, m in [*sys.modules.items()] if _is_foreign(n) and hasattr(m, "__dict__")]
     own = [vars(sys.modules[n]) for n in {c.__module__ for c in classes} if n in sys.modules]
-    functions = [getattr(f, "__func__", f) for space in [*files, *map(vars, classes)] for f in [*space.values()]]
-    wrapped = [f for f in functions if isinstance(f, _CACHED)]
+    found = [f for space in [*files, *map(vars, classes)] for f in [*space.values()]]
+    found = [f.__func__ if type(f) in (staticmethod, classmethod) else f for f in found]
+    wrapped = [f for f in found if type(f) is _CACHED]
     held = [c for space in [*own, *map(vars, classes)] for c in space.values() if type(c) in _CONTAINERS]
     misses, contents = [(f, f.cache_info().misses) for f in wrapped], [(c, c.copy()) for c in held]
     try:
@@ -204,7 +205,7 @@ def unchanged(model: nn.Module, *, buffers: bool = False) -> Generator[None]:
     """Undo what a run of the model writes into its attributes, and into its buffers where it runs for real."""
     objects: list[Any] = [m.__dict__ for m in model.modules()]
     objects += [c for d in objects for c in d.values() if type(c) in _CONTAINERS]
-    objects += [vars(c) for d in objects if isinstance(d, dict) for c in d.values() if _is_plain(c)]
+    objects += [vars(c) for d in objects if isinstance(d, dict) for c in d.values() if is_plain(c)]
     contents = [(c, c.copy()) for c in objects]
     values = [(b, b.detach().clone()) for b in model.buffers()] if buffers else []
     try:
@@ -221,6 +222,22 @@ def _put_back(contents: list[tuple[Any, Any]]) -> None:
         if not _same_content(container, content):
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(content)
+
+
+@contextlib.contextmanager
+def attributes_written() -> Generator[list[tuple[nn.Module, str]]]:
+    """Note which attributes of modules are set, also to what they are."""
+    put, written = nn.Module.__setattr__, list[tuple[nn.Module, str]]()
+
+    def note(self: nn.Module, name: str, value: Any) -> None:
+        written.append((self, name))
+        put(self, name, value)
+
+    nn.Module.__setattr__ = note
+    try:
+        yield written
+    finally:
+        nn.Module.__setattr__ = put
 
 
 def forget_results(model: nn.Module) -> None:
@@ -242,7 +259,7 @@ _STORES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (dict, list, set, OrderedDict)
 
 
-def _is_plain(x: Any) -> bool:
+def is_plain(x: Any) -> bool:
     """Tell whether an object is one of attributes, such as a configuration."""
     return (
         isinstance(getattr(x, "__dict__", None), dict)

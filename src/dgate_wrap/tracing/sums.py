@@ -38,9 +38,9 @@ def _addmm(node: Node, varying: frozenset[Node]) -> Family | None:
 def _matmul(node: Node, varying: frozenset[Node]) -> Family | None:
     a, b = cast("tuple[Node, Node]", node.args[:2])
     ndim_a, ndim_b = len(shape_of(a)), len(shape_of(b))
-    if b not in varying and ndim_b == 2:
+    if b not in varying and ndim_b == 2 and not is_sparse(b):
         return Contraction(a, b, None, ndim_a - 1, 0, 1, len(shape_of(node)) - 1, torch.matmul)
-    if a not in varying and ndim_a == 2 and ndim_b >= 2:
+    if a not in varying and ndim_a == 2 and ndim_b >= 2 and not is_sparse(a):
         return Contraction(b, a, None, ndim_b - 2, 1, 0, ndim_b - 2, lambda x, w: torch.matmul(w, x))
     if not ndim_a or not ndim_b:
         return None
@@ -49,6 +49,11 @@ def _matmul(node: Node, varying: frozenset[Node]) -> Family | None:
     b_axes = batch[len(batch) - max(ndim_b - 2, 0) :] + "kn" if ndim_b > 1 else "k"
     out = batch + "m" * (ndim_a > 1) + "n" * (ndim_b > 1)
     return Product((a, b), a, b, a_axes, b_axes, out)
+
+
+def is_sparse(node: Node) -> bool:
+    """Tell whether a tensor is sparse, such as the neighbours of nodes: no rule looks at its elements."""
+    return node.meta["val"].layout != torch.strided
 
 
 def _grouped_mm(node: Node, varying: frozenset[Node]) -> Family | None:
