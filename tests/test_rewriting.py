@@ -2459,3 +2459,86 @@ class Still(nn.Module):
 
     def forward(self, x: Tensor, scale: float = 1.0, **_: Any) -> dict[str, Tensor]:
         return {"out": x + F.relu(self.conv(x)) * scale}
+
+
+class Twins(nn.Module):
+    """Takes, and gives, tensors that are alike in the example: before and after what training, or a mask, changes."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.wide, self.narrow, self.jump = nn.Linear(12, 24), nn.Linear(24, 12), Leaps()
+
+    def forward(self, x: Tensor, skip: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.narrow(self.wide(x).view(-1, 24).relu()) + skip
+        return h, h * mask if self.how == "mask" else self.jump(h)
+
+
+class Leaps(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand(x.shape[0], 1) if self.training else x
+
+
+class GivesTwins(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.twins, self.jump = nn.Linear(5, 12), Twins(how), Leaps()
+
+    def forward(self, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        h = self.first(x)
+        before, after = self.twins(self.jump(h), h, mask)
+        return {"before": before, "after": after}
+
+
+@pytest.mark.parametrize("how", ["mask", "training"])
+def test_tensors_that_are_alike_in_the_example_are_told_apart(how: str) -> None:
+    torch.manual_seed(0)
+    net, given = GivesTwins(how), (torch.randn(4, 5), torch.ones(4, 1))
+    dg.gate(net, "hidden", example_inputs=given)
+    kill_every_second(net)
+    out = dg.export(net, given, latency=False)
+    assert out.report.removed == out.report.pruning.dead
+    outputs: list[dict[str, Tensor]] = []
+    for model in (net, out.model):
+        torch.manual_seed(1)
+        outputs.append(model.train()(given[0], torch.rand(4, 1, generator=torch.Generator().manual_seed(0))))
+    torch.testing.assert_close(*outputs)
+    assert not torch.allclose(outputs[0]["before"], outputs[0]["after"])
+
+
+class Measured(nn.Module):
+    """Gives the sizes of what it gives, as embeddings of images do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.last = nn.Conv2d(3, 16, 2, 2), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int, int]:
+        x = self.mix(x)
+        y = self.last(x.flatten(2).transpose(1, 2).reshape(-1, 16).relu())
+        return y.view(x.shape[0], -1, 8), x.shape[2], x.shape[3]
+
+
+class Measures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head, self.aux = Measured(), nn.Linear(8, 2), nn.Conv2d(8, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, height, width = self.embed(x)
+        if self.training:
+            return self.aux(y.transpose(1, 2).reshape(-1, 8, height, width))
+        return self.head(y.mean(1))
+
+
+def test_a_forward_written_anew_gives_no_number_that_other_sizes_change() -> None:
+    torch.manual_seed(0)
+    net, x = Measures(), torch.randn(2, 3, 8, 8)
+    dg.gate(net, "hidden", example_inputs=x)
+    kill_every_second(net)
+    out = dg.export(net, x, latency=False)
+    assert "embed" not in out.report.rewritten
+    larger = torch.randn(2, 3, 12, 16)
+    torch.testing.assert_close(out.model.eval()(larger), net.eval()(larger))
+    told = out.report.certificate.untrained
+    assert told == [""] or out.model.train()(larger).shape == net.train()(larger).shape

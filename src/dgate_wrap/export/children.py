@@ -106,7 +106,7 @@ class Children:
             for name, c in zip(names, made[path], strict=True)
         }
         found: list[Child] = []
-        part, inside = {*nodes}, set[Node]()
+        part, inside, opaque = {*nodes}, set[Node](), set[str]()
         for name in sorted(recorded, key=depths.__getitem__):
             if inside.isdisjoint(spans[name]):
                 before = [n for n in given if n not in spans[name]]
@@ -116,6 +116,10 @@ class Children:
                 if child is not None:
                     found.append(child)
                     inside.update(spans[name])
+                else:
+                    opaque.add(recorded[name].path)
+        if not opaque.isdisjoint(c.path for c in found):  # a module is called each time, or not at all
+            return self.of(call, nodes, twins, given, outputs, {*inlined, *opaque})
         return found
 
     def _child(

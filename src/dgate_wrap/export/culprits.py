@@ -59,11 +59,13 @@ class Call:
         chain: The calls within which it was made, from the outermost to itself.
         result: Its result; that, and arguments, are as they were before later code wrote to them.
         sized: Which leaves of its arguments are whole numbers that follow from the sizes of the model's inputs.
+        gives_sizes: Whether any of its result is such a number.
     """
 
     chain: tuple[Begun, ...]
     result: Any
     sized: frozenset[int] = frozenset()
+    gives_sizes: bool = False
 
     @property
     def path(self) -> str:
@@ -156,14 +158,18 @@ def record_calls(model: nn.Module, inputs: Inputs, elsewhere: Iterable[Inputs] =
     calls: list[Call] = []
     with _watching(model, inputs, calls, []) as extra:
         inputs.call(model, **extra)
-    numbers = [_numbers(c) for c in calls]
-    for other in elsewhere if any(numbers) else ():
+    numbers = [(_numbers(c.arguments), _numbers(c.result)) for c in calls]
+    for other in elsewhere if any(map(any, numbers)) else ():
         there = record_calls(model, other)
         if [c.path for c in there] == [c.path for c in calls]:
             for i, call in enumerate(there):
-                found = _numbers(call)
-                sized = {at for at, n in numbers[i].items() if found.get(at, n) != n}
-                calls[i] = replace(calls[i], sized=calls[i].sized | sized)
+                sized, given = (
+                    {at for at, n in here.items() if found.get(at, n) != n}
+                    for here, found in zip(numbers[i], (_numbers(call.arguments), _numbers(call.result)), strict=True)
+                )
+                calls[i] = replace(
+                    calls[i], sized=calls[i].sized | sized, gives_sizes=calls[i].gives_sizes or bool(given)
+                )
     return calls
 
 
@@ -181,9 +187,9 @@ def calls_in_training(model: nn.Module, inputs: Inputs) -> list[Call]:
     return [c for c in calls if c.path not in usual and all(b.path in usual for b in c.chain[:-1])]
 
 
-def _numbers(call: Call) -> dict[int, int]:
-    """Return the whole numbers among the leaves of a call's arguments, by their places."""
-    return {at: x for at, x in enumerate(pytree.tree_leaves(call.arguments)) if type(x) is int}
+def _numbers(tree: Any) -> dict[int, int]:
+    """Return the whole numbers among the leaves of arguments, or of a result, by their places."""
+    return {at: x for at, x in enumerate(pytree.tree_leaves(tree)) if type(x) is int}
 
 
 def find_culprit(model: nn.Module, inputs: Inputs, expected: Expected, within: str = "") -> Culprit | None:

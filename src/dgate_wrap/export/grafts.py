@@ -224,6 +224,8 @@ class Grafts:
         self, path: str, call: Call, rewriter: Rewriter, nodes: list[Node], inlined: Collection[str]
     ) -> tuple[Recipe, dict[str, Tensor]]:
         twins, inside = rewriter.symbolic.twins, set(nodes)
+        if call.gives_sizes:
+            raise UnwritableError(f"{path or 'the model'} returns a number that follows from the sizes of its inputs")
         given: list[Tensor] = []
         leaves, form = pytree.tree_flatten(call.arguments)
         tensors, places = sum(isinstance(x, Tensor) for x in leaves), sorted(call.sized)
@@ -243,11 +245,17 @@ class Grafts:
             }
             inputs = [[exact[names[i]]] if names.get(i) in exact else same for i, same in enumerate(inputs)]
         candidates = [*reversed(nodes), *(n for same in inputs for n in same)]
-        outputs: list[Node] = []
+        self._require_certain(path, [s for s in inputs if len(s) > 1], "is given")
+        results = [x for x in pytree.tree_leaves(call.result) if isinstance(x, Tensor)]
+        told = (None if path else self._outputs(results, twins)) or [
+            self._told(x, candidates, inside, twins) for x in results
+        ]
+        self._require_certain(path, [s for s in told if len(s) > 1], "gives")
+        outputs, found = list[Node](), iter(told)
 
         def find(x: Any) -> Any:
             """Return a result, or ``None`` in place of one that no code of the model reads: its graph has none."""
-            node = self._returned(x, candidates, twins) if isinstance(x, Tensor) else None
+            node = next(iter(next(found)), None) if isinstance(x, Tensor) else None
             if node is None and isinstance(x, Tensor):
                 if not path:
                     raise UnwritableError("the model returns a tensor that it does not compute")
@@ -288,6 +296,11 @@ class Grafts:
         emptied = {n.rpartition(".")[0] for n in names} - left - {""}
         return [n for n in stays if not stays[n] and (n in names or n.rpartition(".")[0] in emptied)]
 
+    def _require_certain(self, path: str, alike: list[list[Node]], what: str) -> None:
+        """Require that no two of several tensors are alike in the example, which other inputs, or training, tell apart."""
+        if len({frozenset(nodes) for nodes in alike}) < len(alike):
+            raise UnwritableError(f"{path or 'the model'} {what} several tensors that are alike in the example")
+
     def _is_unread(self, path: str, name: str) -> bool:
         """Tell whether a tensor is one of a module which is called, and of which nobody needs what it gives."""
         owner = f"{path}.{name}".removeprefix(".").rpartition(".")[0]
@@ -304,8 +317,20 @@ class Grafts:
         source = self.facts.trace.sources.get(twin)
         return source is None or source.kind == "input" or (source.kind != "constant" and source.name not in own)
 
-    def _returned(self, x: Tensor, candidates: list[Node], twins: Mapping[Node, Node]) -> Node | None:
-        return next(iter(self._alike(x, [n for n in candidates if n in twins], twins)), None)
+    def _outputs(self, results: list[Tensor], twins: Mapping[Node, Node]) -> list[list[Node]] | None:
+        """Return the nodes that the whole model's trace gives; ``None`` if they are not the tensors of its result."""
+        nodes = {twin: n for n, twin in twins.items()}
+        given = [nodes.get(twin) for twin in self.facts.trace.outputs]
+        known = [n for n in given if n is not None]
+        alike = len(known) == len(given) == len(results) and all(
+            bool(self._alike(x, [n], twins)) for x, n in zip(results, known, strict=True)
+        )
+        return [[n] for n in known] if alike else None
+
+    def _told(self, x: Tensor, candidates: list[Node], inside: set[Node], twins: Mapping[Node, Node]) -> list[Node]:
+        """Return the nodes that a result may be: those that have its value, and of these the ones read elsewhere."""
+        same = self._alike(x, [n for n in candidates if n in twins], twins)
+        return [n for n in same if not inside.issuperset(n.users)] or same
 
     def _alike(self, x: Tensor, nodes: list[Node], twins: Mapping[Node, Node]) -> list[Node]:
         """Return the nodes that have the value of a tensor, or else those that come close."""

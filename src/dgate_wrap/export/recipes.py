@@ -396,6 +396,7 @@ class Rewritten(nn.Module):
     def _forget_idle(self, separated: dict[str, nn.Module]) -> None:
         """Drop submodules that have no tensors and are not called."""
         called = [f"{target}." for _, op, target, *_ in self.recipe.steps if op == "call_module"]
+        called += [target.removesuffix("training") for _, op, target, *_ in self.recipe.steps if op == "get_attr"]
         modules = dict(self.named_modules())
         for path in sorted(modules, key=len, reverse=True)[:-1]:
             held = [*modules[path].parameters(), *modules[path].buffers()]

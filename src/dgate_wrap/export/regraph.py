@@ -242,6 +242,11 @@ class Writing:
         sizes = [self.sizes.told(n) if is_open(n) else sizes[a] for a, n in enumerate(shape)]
         return self.graph.call_function(torch.ops.aten.expand.default, (held, sizes))
 
+    def trains(self, node: Node) -> Node:
+        """Return whether the module trains whose code made a node."""
+        name = self.names.get(owner(node) or "")
+        return self.graph.get_attr(f"{name}.training" if name else "training")
+
     def hold(self, value: Tensor) -> str:
         """Hold a tensor as a constant, and return its name."""
         taken = {*self.names.values(), *self.constants}  # a module that is written anew again holds some

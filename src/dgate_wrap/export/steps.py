@@ -197,7 +197,7 @@ def _regroup(position: int) -> Any:
 def _attention(w: Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     query = cast(Node, node.args[0])
     if p := w.r.dropouts.get(w.r.twin(node)):
-        dropped = w.graph.call_function(operator.mul, (w.graph.get_attr("training"), p))
+        dropped = w.graph.call_function(operator.mul, (w.trains(node), p))
         if len(args) > 4:
             args[4] = dropped
         else:
@@ -250,7 +250,7 @@ def _dropout(w: Writing, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
     if DROPOUT not in node.meta:
         return None
     op, p = node.meta[DROPOUT]
-    return w.graph.call_function(op, (args[0], p, w.graph.get_attr("training")))
+    return w.graph.call_function(op, (args[0], p, w.trains(node)))
 
 
 RULES: dict[str, Callable[[Writing, Node, list[Any], dict[str, Any]], Any]] = {

@@ -47,13 +47,16 @@ def lost_in_training(model: nn.Module, recipes: Mapping[str, Recipe], inputs: In
     usual = _given_by(model, own, [], inputs, drops=True)
     lost = [p for p in own if usual.get(p, [0])[-1]]
     for drops in (False, True):  # the dropouts of forwards that have some are those of the code
-        here = [
-            p for p, recipe in recipes.items() if any(s[1:3] == ["get_attr", "training"] for s in recipe.steps) != drops
-        ]
+        here = [p for p, recipe in recipes.items() if _has_dropouts(recipe) != drops]
         there = _given_by(model, own, here, inputs, drops=drops) if here else {}
         suspects = [p for p in here if p not in lost and not _same(usual.get(p), there.get(p))]
         lost += [p for p in suspects if not _same(usual.get(p), _given_by(model, own, [p], inputs, drops=drops).get(p))]
     return lost
+
+
+def _has_dropouts(recipe: Recipe) -> bool:
+    reads = (target for _, op, target, *_ in recipe.steps if op == "get_attr")
+    return any(target.rpartition(".")[2] == "training" for target in reads)
 
 
 def _given_by(
