@@ -2542,3 +2542,24 @@ def test_a_forward_written_anew_gives_no_number_that_other_sizes_change() -> Non
     torch.testing.assert_close(out.model.eval()(larger), net.eval()(larger))
     told = out.report.certificate.untrained
     assert told == [""] or out.model.train()(larger).shape == net.train()(larger).shape
+
+
+class BackToShape(nn.Module):
+    """Has a size in its code, and gives its result the shape of what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(self.wide(x).view(-1, 24).relu()).view(x.shape)
+
+
+def test_what_code_takes_the_shape_of_stays_where_nothing_can_be_written_anew() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, 12), BackToShape(), nn.Linear(12, 8), nn.Linear(8, 2)), torch.randn(4, 5)
+    dg.gate(net, "hidden", example_inputs=x)
+    kill_every_second(net)
+    report = dg.export(net, x, latency=False, rewrite=False).report
+    assert report.frozen == ["1"]
+    assert report.removed == 4

@@ -37,5 +37,8 @@ def colder(subject: Subject, calls: list[Call], frozen: Frozen, path: str, fille
             return replace(frozen, made=frozen.made | alike)
         if step not in frozen.modules and alike & working:
             return replace(frozen, modules=frozen.modules | alike)
+        given = subject.passed_to([c for c in calls if c.path == step]) if step in frozen.modules else set[Node]()
+        if not given <= frozen.idle:  # of which it reads the shape
+            return replace(frozen, idle=frozen.idle | given)
         step = step.rpartition(".")[0] if step else None
     return None

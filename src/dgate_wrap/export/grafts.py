@@ -297,7 +297,7 @@ class Grafts:
         return [n for n in stays if not stays[n] and (n in names or n.rpartition(".")[0] in emptied)]
 
     def _require_certain(self, path: str, alike: list[list[Node]], what: str) -> None:
-        """Require that no two of several tensors are alike in the example, which other inputs, or training, tell apart."""
+        """Require that no two tensors are alike in the example, which other inputs or training may tell apart."""
         if len({frozenset(nodes) for nodes in alike}) < len(alike):
             raise UnwritableError(f"{path or 'the model'} {what} several tensors that are alike in the example")
 
