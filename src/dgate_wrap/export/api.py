@@ -18,7 +18,6 @@ from ..gating import ungate
 from ..pruning import PruneReport, prune
 from ..tracing import Inputs, capture, normalize_inputs
 from ..tracing.capture import all_tensors
-from ..tracing.families import NormedWeight
 from ..tracing.inputs import without_cache
 from ..tracing.refusals import require_running
 from ..tracing.settings import evaluating, forget_results, full_precision
@@ -301,15 +300,9 @@ def _look_at_training(dense: nn.Module, found: Found, inputs: Inputs, certificat
     untrained = lost_in_training(dense, found.plan.recipes, inputs)
     if weight_bytes(dense) > _LARGE:
         return replace(certificate, untrained=untrained)
-    here, families = found.subject.inputs, found.widths.facts.families.values()
-    gains = {found.widths.facts.trace.sources[f.g].name for f in families if isinstance(f, NormedWeight)}
-    look = functools.partial(
-        gradient_error,
-        (found.subject.model, found.exact),
-        (here, reduced(here, found.exact, found.plan.taken)),
-        found.plan.cuts,
-        gains | {*found.plan.rescaled},
-    )
+    here, models = found.subject.inputs, (found.subject.model, found.exact)
+    given = here, reduced(here, found.exact, found.plan.taken)
+    look = functools.partial(gradient_error, models, given, found.plan.cuts)
     errors = [look(training=False), None if untrained else look(training=True)]
     apart = max((e for e in errors if e is not None), default=None)
     return replace(certificate, untrained=untrained, gradient_error=apart)

@@ -50,8 +50,8 @@ class Certificate:
         left_out: Arguments that the example leaves out and that nothing could be tried for, such as a mask.
         untrained: Of the modules whose forward was written anew, those whose own code does something in training that
             is lost, other than dropout: that forward is the one of eval mode.
-        gradient_error: Where a forward was written anew, how far gradients at inputs and parameters lie apart, in eval
-            mode and where no module is ``untrained`` in training, relative to the largest: a
+        gradient_error: Where a forward was written anew, how far gradients at the inputs (or tables of embeddings) lie
+            apart, relative to the largest, in eval mode, and in training where no module is ``untrained``: a
             ``torch.autograd.Function``, ``no_grad`` and hooks of tensors are lost in it. ``None`` if that was not
             compared.
     """

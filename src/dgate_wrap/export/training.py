@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -132,25 +132,24 @@ def gradient_error(
     models: tuple[nn.Module, nn.Module],
     given: tuple[Inputs, Inputs],
     cuts: Mapping[str, Cut],
-    scaled: Collection[str],
     *,
     training: bool,
 ) -> float | None:
-    """Return how far gradients at inputs and parameters lie apart, relative to the largest; ``None`` if not known.
+    """Return how far gradients at the inputs lie apart, relative to the largest; ``None`` if not known, or random.
 
-    They are not if they are random.
+    Of inputs that are whole numbers, those at the tables in which they are looked up. At other parameters they may lie
+    apart rightly: what is folded does not follow any more the parameters that it was made of.
 
     Args:
         models: The dense model, and the smaller one.
         given: What the one and the other are run on.
         cuts: What stays of the parameters.
-        scaled: Parameters that make up for what is cut.
         training: Whether modules with code of their own are told that they train, without dropout.
     """
     dense, small = (_gradients(m, x, training=training) for m, x in zip(models, given, strict=True))
     if training and _apart(dense, _gradients(models[0], given[0], training=True, draws=1)):
         return None
-    dense = {n: cuts[n].apply(g) if n in cuts else g for n, g in dense.items() if n not in scaled}
+    dense = {n: cuts[n].apply(g) if n in cuts else g for n, g in dense.items()}
     return _apart(dense, small)
 
 
@@ -168,7 +167,7 @@ def _gradients(model: nn.Module, inputs: Inputs, *, training: bool, draws: int =
     Before it, some random numbers are drawn.
     """
     asked = [(p, p.requires_grad) for p in model.parameters()]
-    leaves: dict[str, Tensor] = {**dict(model.named_parameters())}
+    leaves: dict[str, Tensor] = {}
 
     def leaf(x: Tensor) -> Tensor:
         x = x.detach().clone()
@@ -179,7 +178,10 @@ def _gradients(model: nn.Module, inputs: Inputs, *, training: bool, draws: int =
     given, undo, quiet = inputs.map(leaf), unchanged(model, buffers=True), warnings.catch_warnings()
     try:
         for p, _ in asked:
-            p.requires_grad_(p.is_floating_point())
+            p.requires_grad_(False)
+        if not leaves:  # whole numbers: the tables in which they are looked up
+            tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+            leaves = {n: p.requires_grad_() for n, p in model.named_parameters() if id(p) in tables}
         with evaluating(model), torch.enable_grad(), same_random_numbers(model), undo, unfused(), quiet:
             warnings.simplefilter("ignore")
             torch.rand(draws)
@@ -192,9 +194,8 @@ def _gradients(model: nn.Module, inputs: Inputs, *, training: bool, draws: int =
             if not outputs:
                 return {n: torch.zeros_like(x) for n, x in leaves.items()}
             weights = [torch.linspace(0.5, 1.5, x.numel()).to(x).view(x.shape) for x in outputs]
-            wanted = {n: x for n, x in leaves.items() if x.requires_grad}
-            found = torch.autograd.grad(outputs, [*wanted.values()], weights, allow_unused=True, materialize_grads=True)
-        return dict(zip(wanted, found, strict=True))
+            found = torch.autograd.grad(outputs, [*leaves.values()], weights, allow_unused=True, materialize_grads=True)
+        return dict(zip(leaves, found, strict=True))
     except Exception:
         return {}
     finally:
