@@ -19,7 +19,7 @@ from ..tracing.origins import owners
 from ..tracing.settings import attributes_written, evaluating, is_plain, same_random_numbers, unchanged
 from .culprits import APART, Begun, Call, same_value, with_code
 from .facts import Facts
-from .recipes import plain_signature, unbind
+from .rewritten import plain_signature, unbind
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 

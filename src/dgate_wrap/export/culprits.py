@@ -21,7 +21,7 @@ from ..tracing.origins import operation, owner
 from ..tracing.settings import evaluating, same_random_numbers, unfused
 from .constants import rounding
 from .cuts import Cut, cut_axes
-from .recipes import bind, plain_signature
+from .rewritten import bind, plain_signature
 from .widths import Widths
 
 APART = 1e-5

@@ -26,12 +26,10 @@ from .recipes import (
     UndescribableError,
     describe_graph,
     describe_tree,
-    kind_of,
-    plain_signature,
-    unbind,
     without_unread,
 )
 from .regraph import Layer, Part, Rewriter
+from .rewritten import kind_of, plain_signature, unbind
 from .steps import UnwritableError
 from .widths import Widths
 

@@ -19,7 +19,8 @@ from ..tracing.operations import shape_of
 from ..tracing.origins import owner
 from .cuts import Cut, by_group, cut_axes, indices
 from .demands import norms
-from .recipes import Recipe, Rewritten, rewritten
+from .recipes import Recipe
+from .rewritten import Rewritten, rewritten
 from .scatter import Scatter, filled_name, find_scatters
 from .selection import SelectInputs
 from .vectors import Columns

@@ -105,7 +105,8 @@ def smallest(dense: nn.Module, subject: Subject, verifier: Verifier, *, rewrite:
             search.whole_inputs = True
             with contextlib.suppress(ExportError) if found is not None else contextlib.nullcontext():
                 whole = _smallest(search, rewrite=rewrite)
-                found = whole if found is None or whole.size < found.size else found
+                if found is None or whole.size < found.size or (whole.size == found.size and not found.plan.inputs):
+                    found = whole
         return found
     except Unsteady as e:
         raise e.error() from e

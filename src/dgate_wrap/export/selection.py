@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tracing import Inputs
-from .recipes import plain_signature
+from .rewritten import plain_signature
 
 Kept = Mapping[str, Mapping[int, list[int]]]
 """Per tensor that a forward is given (``x``, ``batch['x']``), and axis of it (-1): the indices that are kept."""

@@ -17,7 +17,7 @@ from ..tracing.settings import evaluating, same_random_numbers, unchanged
 from .copies import SparingParameters
 from .culprits import with_code
 from .padding import padded
-from .recipes import plain_signature, says_no
+from .rewritten import plain_signature, says_no
 from .verify import run
 
 MASK = "mask"
