@@ -2563,3 +2563,35 @@ def test_what_code_takes_the_shape_of_stays_where_nothing_can_be_written_anew() 
     report = dg.export(net, x, latency=False, rewrite=False).report
     assert report.frozen == ["1"]
     assert report.removed == 4
+
+
+class Backcasts(nn.Module):
+    """Blocks of N-BEATS: what the last one takes away from its input nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList([nn.Linear(12, 24), nn.Linear(24, 12)]) for _ in range(2))
+        self.forecast, self.jump = nn.Linear(12, 3), Leaps()
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.new_zeros(x.shape[0], 3)
+        for wide, narrow in self.blocks:
+            h = narrow(wide(x).view(-1, 24).relu())
+            total = total + self.forecast(h)
+            x = x - self.jump(h)
+        return total
+
+
+def test_modules_of_which_nobody_reads_the_last_result_are_called_in_training() -> None:
+    torch.manual_seed(0)
+    net, x = Backcasts(), torch.randn(4, 12)
+    dg.gate(net, "neurons", include="blocks.*.0.*")
+    kill_every_second(net)
+    out = dg.export(net, x, latency=False)
+    assert out.report.rewritten == [""]
+    steps = [step[2] for step in out.plan.recipes[""].steps if step[1] == "call_module"]
+    assert steps.count("jump") == 1
+    torch.manual_seed(1)
+    expected = net.train()(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(out.model.train()(x), expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -90,34 +90,34 @@ class Children:
         for c in self._calls:
             if any(begun is call.chain[-1] for begun in c.chain[:-1]):
                 made.setdefault(c.path, []).append(c)
-        spans, depths, paths = dict[str, list[Node]](), dict[str, int](), dict[str, list[str]]()
+        spans, depths, paths = dict[str, list[Node]](), dict[str, int](), dict[str, str]()
         for node in nodes:
             for depth, (name, path) in enumerate(owners(node).items()):
                 if path not in made or path in inlined or path not in self._callable:
                     continue
-                if name not in spans:
-                    paths.setdefault(path, []).append(name)
-                    depths[name] = depth
+                paths[name], depths[name] = path, depth
                 spans.setdefault(name, []).append(node)
-        recorded = {
-            name: c
-            for path, names in paths.items()
-            if len(names) == len(made[path])
-            for name, c in zip(names, made[path], strict=True)
-        }
+        traced = Counter(paths.values())
         found: list[Child] = []
         part, inside, opaque = {*nodes}, set[Node](), set[str]()
-        for name in sorted(recorded, key=depths.__getitem__):
-            if inside.isdisjoint(spans[name]):
+        for name in sorted(spans, key=depths.__getitem__):
+            path = paths[name]
+            spare, traced[path] = len(made[path]) - traced[path], traced[path] - 1
+            if spare >= 0 and inside.isdisjoint(spans[name]):
                 before = [n for n in given if n not in spans[name]]
                 before += nodes[: nodes.index(spans[name][0])]
-                handed = _handed_on(call.chain[-1], recorded[name].chain[-1])
-                child = self._child(recorded[name], spans[name], twins, before, part, outputs, handed)
-                if child is not None:
-                    found.append(child)
-                    inside.update(spans[name])
+                for _ in range(spare + 1):  # what nobody reads is not traced
+                    c = made[path].pop(0)
+                    handed = _handed_on(call.chain[-1], c.chain[-1])
+                    child = self._child(c, spans[name], twins, before, part, outputs, handed)
+                    if child is not None:
+                        found.append(child)
+                        inside.update(spans[name])
+                        break
                 else:
-                    opaque.add(recorded[name].path)
+                    opaque.add(path)
+            elif spare >= 0:
+                made[path].pop(0)
         if not opaque.isdisjoint(c.path for c in found):  # a module is called each time, or not at all
             return self.of(call, nodes, twins, given, outputs, {*inlined, *opaque})
         return found
