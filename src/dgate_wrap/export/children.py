@@ -14,12 +14,13 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from ..tracing import Inputs
-from ..tracing.inputs import PLAIN, without_cache
+from ..tracing.inputs import PLAIN
 from ..tracing.origins import owners
-from ..tracing.settings import attributes_written, evaluating, is_plain, same_random_numbers, unchanged
+from ..tracing.settings import attributes_written, is_plain
 from .culprits import APART, Begun, Call, same_value, with_code
 from .facts import Facts
 from .rewritten import plain_signature, unbind
+from .runs import trying
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -212,11 +213,9 @@ def changing(model: nn.Module, inputs: Inputs) -> frozenset[str]:
     handles = [m.register_forward_pre_hook(functools.partial(look, p)) for p, m in model.named_modules()]
     handles += [m.register_forward_hook(functools.partial(look, p)) for p, m in model.named_modules()]
     before = {id(m): _state(m) for m in model.modules()}
-    given, undo, written = inputs.map(Tensor.clone), unchanged(model, buffers=True), attributes_written()
     try:
-        same = same_random_numbers(model)
-        with evaluating(model), torch.no_grad(), undo, same, without_cache(model, given) as extra, written as told:
-            model(*given.args, **given.kwargs, **extra)
+        with trying(model, inputs) as run_it, attributes_written() as told:
+            run_it()
     finally:
         for handle in handles:
             handle.remove()

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
 from ..tracing import Inputs
-from ..tracing.inputs import without_cache
 from ..tracing.operations import op_name
 from ..tracing.origins import owner
-from ..tracing.settings import evaluating, same_random_numbers, unchanged, unfused
-from .copies import SparingParameters
 from .facts import Facts
+from .runs import trying
 
 _OPERATION = "scaled_dot_product_attention"
 
@@ -36,13 +32,10 @@ def attention_dropouts(model: nn.Module, inputs: Inputs, facts: Facts) -> dict[N
         if op_name(node) == _OPERATION:
             traced.setdefault(owner(node) or "", []).append(node)
     seen = _Dropouts(model)
-    given, undo, quiet = inputs.map(torch.Tensor.clone), unchanged(model, buffers=True), warnings.catch_warnings()
     if traced:
-        with evaluating(model), torch.no_grad(), same_random_numbers(model), undo, unfused(), quiet:
-            warnings.simplefilter("ignore")
-            with without_cache(model, given) as extra, SparingParameters(model), seen, contextlib.suppress(Exception):
-                model.train()
-                model(*given.args, **given.kwargs, **extra)
+        with trying(model, inputs) as run_it, seen, contextlib.suppress(Exception):
+            model.train()
+            run_it()
     alike = {p: nodes for p, nodes in traced.items() if len(nodes) == len(seen.found.get(p, []))}
     pairs = [pair for p, nodes in alike.items() for pair in zip(nodes, seen.found[p], strict=True)]
     return {node: p for node, p in pairs if p > 0}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,13 +14,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..tracing import Inputs
-from ..tracing.inputs import without_cache
-from ..tracing.settings import attributes_written, evaluating, same_random_numbers, unchanged, unfused
-from .copies import SparingParameters
+from ..tracing.settings import attributes_written
 from .culprits import with_code
 from .cuts import Cut
 from .plan import covers
 from .recipes import Recipe
+from .runs import trying
 from .verify import parts_of, relative_error
 
 _ROUNDING = 1e-4
@@ -80,20 +78,17 @@ def _given_by(
         found.setdefault(path, []).extend(x.clone() if isinstance(x, Tensor) else x for x in leaves)
 
     handles = [model.get_submodule(p).register_forward_hook(functools.partial(note, p)) for p in own]
-    given, undo, quiet = inputs.map(Tensor.clone), unchanged(model, buffers=True), warnings.catch_warnings()
     dropping = contextlib.nullcontext() if drops else _WithoutDropout()
     try:
-        with evaluating(model), torch.no_grad(), same_random_numbers(model), undo, unfused(), quiet:
-            warnings.simplefilter("ignore")
-            with without_cache(model, given) as extra, SparingParameters(model), dropping:
-                for module in (m for p in training for m in own[p]):
-                    module.training = True
-                with attributes_written() as written:
-                    model(*given.args, **given.kwargs, **extra)
-                told = [m for m, name in written if name == "training"]
-                for path, modules in own.items():
-                    found.setdefault(path, []).extend(b.clone() for m in modules for b in m.buffers(recurse=False))
-                    found[path].append(sum(m in {*model.get_submodule(path).modules()} for m in told))
+        with trying(model, inputs) as run_it, dropping:
+            for module in (m for p in training for m in own[p]):
+                module.training = True
+            with attributes_written() as written:
+                run_it()
+            told = [m for m, name in written if name == "training"]
+            for path, modules in own.items():
+                found.setdefault(path, []).extend(b.clone() for m in modules for b in m.buffers(recurse=False))
+                found[path].append(sum(m in {*model.get_submodule(path).modules()} for m in told))
     except Exception:
         return {}
     finally:
@@ -175,20 +170,18 @@ def _gradients(model: nn.Module, inputs: Inputs, *, training: bool, draws: int =
             leaves[f"input {len(leaves)}"] = x.requires_grad_()
         return x
 
-    given, undo, quiet = inputs.map(leaf), unchanged(model, buffers=True), warnings.catch_warnings()
+    given = inputs.map(leaf)
     try:
         for p, _ in asked:
             p.requires_grad_(False)
         if not leaves:  # whole numbers: the tables in which they are looked up
             tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
             leaves = {n: p.requires_grad_() for n, p in model.named_parameters() if id(p) in tables}
-        with evaluating(model), torch.enable_grad(), same_random_numbers(model), undo, unfused(), quiet:
-            warnings.simplefilter("ignore")
+        with trying(model, given, gradients=True) as run_it, _WithoutDropout():
             torch.rand(draws)
-            with without_cache(model, given) as extra, SparingParameters(model), _WithoutDropout():
-                for module in model.modules():
-                    module.training = training and not type(module).__module__.startswith("torch.nn.")
-                result = pytree.tree_leaves(given.call(model, **extra))
+            for module in model.modules():
+                module.training = training and not type(module).__module__.startswith("torch.nn.")
+            result = pytree.tree_leaves(run_it())
             outputs = [part for x in result for part in parts_of(x)]
             outputs = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point()]
             if not outputs:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..tracing import Inputs
-from ..tracing.inputs import without_cache
 from ..tracing.settings import evaluating, same_random_numbers, unchanged
-from .copies import SparingParameters
 from .culprits import with_code
 from .padding import padded
 from .rewritten import plain_signature, says_no
+from .runs import trying
 from .verify import run
 
 MASK = "mask"
@@ -52,13 +51,9 @@ def cached_uses(model: nn.Module, inputs: Inputs) -> dict[str, str | None]:
 
 def training_fails(model: nn.Module, inputs: Inputs) -> str | None:
     """Return the module in which a forward in train mode fails; ``None`` if it does not."""
-    given = inputs.map(Tensor.clone)
-    undo, quiet = unchanged(model, buffers=True), warnings.catch_warnings()
-    with evaluating(model), torch.no_grad(), same_random_numbers(model), undo, quiet:
-        warnings.simplefilter("ignore")
-        with without_cache(model, given) as extra, SparingParameters(model):
-            model.train()  # until every module is put back into its own mode
-            return _fails_in(model, lambda: given.call(model, **extra))
+    with trying(model, inputs) as run_it:
+        model.train()  # until every module is put back into its own mode
+        return _fails_in(model, run_it)
 
 
 def _fails_in(model: nn.Module, use: Callable[[], Any]) -> str | None:
