@@ -30,6 +30,13 @@ from dgate_wrap.tracing.capture import export_open
 from dgate_wrap.tracing.symbolic import capture_symbolic
 
 
+def halved(net: nn.Module, groups: str, given: Any) -> dg.Exported:
+    """Gate a network, let every second group die, and export it."""
+    dg.gate(net, groups, example_inputs=given)
+    kill_every_second(net)
+    return dg.export(net, given, latency=False)
+
+
 class Attention(nn.Module):
     """As many write it: the head size is computed from the width of the input."""
 
@@ -2026,9 +2033,7 @@ class CallsTwice(Literal):
 def test_what_cannot_be_written_anew_by_itself_is_done_by_the_forward_around_it() -> None:
     torch.manual_seed(0)
     net, x = CallsTwice().double(), torch.randn(4, 1, 8, 8, dtype=torch.double)
-    dg.gate(net, "channels", example_inputs=x)
-    kill_every_second(net)
-    out = dg.export(net, x, latency=False)
+    out = halved(net, "channels", x)
     assert out.report.rewritten == [""]
     assert out.report.removed == out.report.pruning.dead
     assert type(out.model.get_submodule("first")) is Steep
@@ -2231,9 +2236,7 @@ class Written(Decoder):
 def test_a_loop_over_frames_of_which_one_is_not_fed_is_cut(kind: type[nn.Module], removed: int) -> None:
     torch.manual_seed(0)
     net, x = kind(), torch.randn(2, 4, 6)
-    dg.gate(net, "channels", example_inputs=x)
-    kill_every_second(net)
-    report = dg.export(net, x, latency=False).report
+    report = halved(net, "channels", x).report
     assert report.pruning.dead == 10
     assert report.removed == removed
     assert not report.inputs
@@ -2323,9 +2326,7 @@ class Noted(Registered, Literal):
 def test_registries_of_classes_do_not_hold_those_of_forwards_written_anew() -> None:
     torch.manual_seed(0)
     net, x = Noted(), torch.randn(4, 1, 8, 8)
-    dg.gate(net, "channels", example_inputs=x)
-    kill_every_second(net)
-    out = dg.export(net, x, latency=False)
+    out = halved(net, "channels", x)
     assert isinstance(out.model, Noted)
     assert {"last": Noted} == REGISTRY
 
@@ -2368,9 +2369,7 @@ def test_what_a_forward_resets_in_a_module_before_it_calls_it_is_reset_when_writ
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(5, 12), Resets(how), nn.Linear(12, 2)), torch.randn(4, 5)
     net(x)
-    dg.gate(net, "hidden", example_inputs=x)
-    kill_every_second(net)
-    out = dg.export(net, x, latency=False)
+    out = halved(net, "hidden", x)
     assert out.report.rewritten == ["1"]
     fresh = nn.Sequential(nn.Linear(5, 12), Resets(how), nn.Linear(12, 2))
     loaded = dg.load(dg.save(out, tmp_path / "small"), fresh)
@@ -2412,9 +2411,7 @@ class Queries(nn.Module):
 def test_modules_that_are_shared_or_given_parameters_alone_are_called_in_training() -> None:
     torch.manual_seed(0)
     net, x = SharesJump(), torch.randn(4, 7, 6)
-    dg.gate(net, "hidden", example_inputs=x)
-    kill_every_second(net)
-    out = dg.export(net, x, latency=False)
+    out = halved(net, "hidden", x)
     assert out.report.rewritten == ["layers.0", "layers.1"]
     outputs: list[Tensor] = []
     for model in (net, out.model):
@@ -2494,9 +2491,7 @@ class GivesTwins(nn.Module):
 def test_tensors_that_are_alike_in_the_example_are_told_apart(how: str) -> None:
     torch.manual_seed(0)
     net, given = GivesTwins(how), (torch.randn(4, 5), torch.ones(4, 1))
-    dg.gate(net, "hidden", example_inputs=given)
-    kill_every_second(net)
-    out = dg.export(net, given, latency=False)
+    out = halved(net, "hidden", given)
     assert out.report.removed == out.report.pruning.dead
     outputs: list[dict[str, Tensor]] = []
     for model in (net, out.model):
@@ -2534,9 +2529,7 @@ class Measures(nn.Module):
 def test_a_forward_written_anew_gives_no_number_that_other_sizes_change() -> None:
     torch.manual_seed(0)
     net, x = Measures(), torch.randn(2, 3, 8, 8)
-    dg.gate(net, "hidden", example_inputs=x)
-    kill_every_second(net)
-    out = dg.export(net, x, latency=False)
+    out = halved(net, "hidden", x)
     assert "embed" not in out.report.rewritten
     larger = torch.randn(2, 3, 12, 16)
     torch.testing.assert_close(out.model.eval()(larger), net.eval()(larger))

@@ -176,12 +176,11 @@ class Children:
             found[i] = nodes[0]
         return found
 
-    def _matched(self, nodes: list[Node], values: list[Any], twins: Mapping[Node, Node]) -> dict[int, Node] | None:
+    def _matched(self, nodes: list[Node], values: list[Tensor], twins: Mapping[Node, Node]) -> dict[int, Node] | None:
         """Return, by ``id``, which node each tensor is; ``None`` if a node is none of them, or may be several."""
         found: dict[int, Node] = {}
-        tensors = {id(x): x for x in values if isinstance(x, Tensor)}
         for node in nodes:
-            same = [i for i, x in tensors.items() if self._is(node, x, twins)]
+            same = [id(x) for x in values if self._is(node, x, twins)]
             if len(same) != 1 or same[0] in found:
                 return None
             found[same[0]] = node

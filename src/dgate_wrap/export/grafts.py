@@ -236,7 +236,8 @@ class Grafts:
             names[len(given)] = name if isinstance(value, Tensor) else ""
             takes["dict"][name] = describe_tree(value, given)
         read = {n for node in nodes for n in node.all_input_nodes if n not in inside}
-        inputs = [self._given(x, read, self._names(path), twins) for x in given]
+        own = self._names(path)
+        inputs = [self._given(x, read, own, twins) for x in given]
         if not path:  # of several that are alike
             exact = {
                 s.name: n for n, t in twins.items() if (s := self.facts.trace.sources.get(t)) and s.kind == "input"
@@ -263,7 +264,6 @@ class Grafts:
             return x
 
         gives = describe_tree(pytree.tree_map(find, call.result), [])
-        own = self._names(path)
         known = [n for same in inputs for n in same]
         children = self._children.of(call, nodes, twins, known, outputs, inlined)
         children = [c for c in children if c.path in own]
