@@ -638,6 +638,50 @@ def test_features_that_a_product_of_parameters_reads_are_gated_in_both_and_go() 
     assert_equal(model, result.model, torch.randn(3, 5), 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_features_that_are_whole_numbers_are_selected_like_others(dtype: torch.dtype) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 5, 3), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.conv(x.float() / 255).relu().mean((2, 3)))
+
+    def images(count: int) -> Tensor:
+        return torch.randint(0, 256, (count, 3, 6, 6)).bitwise_and(127).to(dtype)
+
+    model = dg.gate(Scaled(), "input_features", example_inputs=images(2))
+    zero_groups(model, "conv.weight", [1])
+    result = dg.export(model, images(2))
+    assert result.report.removed == 1
+    assert result.model.conv.weight.shape[1] == 2
+    new = images(4)
+    torch.testing.assert_close(result.model(new), model.eval()(new))
+
+
+def test_counts_beside_an_index_in_one_table_are_features_and_the_index_and_a_mask_are_none() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.first, self.out = nn.Embedding(7, 3), nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            h = torch.cat([self.table(x[:, 0]), x[:, 1:].float().log1p()], 1)
+            return self.out(self.first(h).relu() * mask.float())
+
+    x, mask = torch.randint(0, 7, (5, 6)), torch.randint(0, 2, (5, 1))
+    model = dg.gate(Counts(), "input_features", example_inputs=(x, mask))
+    assert len(dg.groups(model)) == 5
+    zero_groups(model, "first.weight", [0, 3])
+    result = dg.export(model, (x, mask))
+    assert result.report.removed == 2
+    assert result.model.first.weight.shape == (6, 6)
+    torch.testing.assert_close(result.model(x.flip(0), mask), model(x.flip(0), mask))
+    reduced = dg.export(model, (x, mask), select_inputs=False)
+    torch.testing.assert_close(reduced.model(x[:, [0, 2, 3, 5]], mask), model(x, mask))
+
+
 class Policy(nn.Module):
     """Scores actions, of which a mask forbids some, and leaves room for more."""
 

@@ -32,6 +32,7 @@ from ..tracing.families import (
 )
 from ..tracing.operations import (
     describe,
+    feature_inputs,
     gives_zero,
     is_tensor,
     shape_of,
@@ -64,6 +65,7 @@ class Constants:
         self.families: dict[Node, Family] = {
             n: describe(n, self.varying) for n in self.nodes if n.op == "call_function"
         }
+        self.features = feature_inputs(trace, self.families, self.varying)
         self._maps: dict[Node, list[Tensor]] = {}
         self._boxes: dict[Node, list[Tensor] | None] = {}
         self._extremes: dict[tuple[Node, int], tuple[Tensor, Tensor]] = {}

@@ -306,9 +306,9 @@ class _Search:
         """Tell whether an input may be cut along an axis: one of its own size, of a plain argument."""
         subject = self.subject
         source = subject.facts.trace.sources[node]
-        if not source.value.is_floating_point() or not is_selectable(source.name, subject.inputs, self.dense):
+        if self.whole_inputs or node not in subject.facts.features:
             return False
-        if self.whole_inputs:
+        if not is_selectable(source.name, subject.inputs, self.dense):
             return False
         if subject.symbolic is None:  # sizes that vary are told from others only if something can be gained
             return axis > 0 and not self._tried_to_open

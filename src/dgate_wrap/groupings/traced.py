@@ -106,7 +106,7 @@ def heads(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
 
 @register_grouping("input_features", needs_trace=True)
 def input_features(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
-    """Every feature of every floating-point input: the weights that read it.
+    """Every feature of every input that weights multiply, also of whole numbers: the weights that read it.
 
     A feature is what one weight column reads: a column of a table, a channel of an image, a dimension of a token. A
     group is that column in every first contraction that sees the feature. Zeroing it makes the model deaf to the

@@ -106,11 +106,11 @@ class Interpreter(Layers):
         return (bool(a & b) or known) and (a | b).isdisjoint(mixed)
 
     def _receive(self, node: Node) -> None:
-        """Give every element of a floating-point input a label of its own; the first contraction unites features."""
+        """Give every element of an input of features a label of its own; the first contraction unites them."""
         source = self.trace.sources[node]
         if source.kind != "input" or not isinstance(source.value, Tensor):
             return
-        if not source.value.is_floating_point() or source.value.numel() < 2:
+        if node not in self.features:
             self._set(node, torch.full((), DATA))
             return
         labels = self.structure.sets.mint(source.value.numel()).view(source.value.shape)

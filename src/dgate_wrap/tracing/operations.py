@@ -7,14 +7,14 @@ rule per family. An operation that stands in no table is a `Barrier`: whatever m
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .families import Barrier, Creation, Family, Movement, OpRule, Pick, Pointwise
+from .families import Barrier, Contraction, Creation, Family, Mixing, Movement, OpRule, Pick, Pointwise
 from .mixings import MIXINGS
 from .movements import MOVEMENTS, source_indices
 from .nodes import is_random, is_tensor, names, op_name, shape_of, tensor_inputs, tensor_of
@@ -94,6 +94,25 @@ def varying_nodes(trace: Trace) -> frozenset[Node]:
         if any(n in found for n in node.all_input_nodes) or is_random(node):
             found.add(node)
     return frozenset(found)
+
+
+def feature_inputs(trace: Trace, families: Mapping[Node, Family], varying: frozenset[Node]) -> frozenset[Node]:
+    """Return the inputs whose elements are features: floating-point ones, and whole numbers that a layer computes with.
+
+    Whole numbers are so where they, made floats and moved as they may be, are what weights multiply: images of bytes,
+    counts. Indices, and masks that other values are multiplied by, are not.
+    """
+    given = {n for n, s in trace.sources.items() if s.kind == "input" and isinstance(s.value, Tensor)}
+    alone: dict[Node, frozenset[Node]] = {n: frozenset((n,)) for n in given if not tensor_of(n).is_complex()}
+    """What is made of inputs without weights that multiply it, and of which ones."""
+    found = {n for n in alone if tensor_of(n).is_floating_point()}
+    for node, family in families.items():
+        made = [alone.get(n, frozenset[Node]()) for n in node.all_input_nodes if n in varying]
+        if isinstance(family, Contraction) and family.weight not in varying:
+            found |= alone.get(family.x, frozenset())
+        elif isinstance(family, Movement) or (isinstance(family, Pointwise | Mixing | Pick) and len({*made}) == 1):
+            alone[node] = frozenset[Node]().union(*made)
+    return frozenset(n for n in found if trace.sources[n].value.numel() > 1)
 
 
 def gives_zero(node: Node, family: Pointwise, zeros: Collection[Node]) -> bool:

@@ -16,7 +16,7 @@ from .capture import Trace
 from .families import Contraction, Family, Movement
 from .fixed import FixedValues
 from .nodes import has_tensors, op_name, shape_of
-from .operations import describe, varying_nodes
+from .operations import describe, feature_inputs, varying_nodes
 from .origins import operation, where
 from .structure import CONSTANT, DATA, LIVE, ZERO, Note, Slot, Structure, compact, label_of, narrow, state_of
 
@@ -40,6 +40,7 @@ class Words:
         self._axes: dict[tuple[Any, ...], Tensor] = {}
         """Labels along axes of a weight, as its first use gave them; later uses are united with them."""
         self._fixed = FixedValues(trace, self.varying)
+        self.features = feature_inputs(trace, self.families, self.varying)
         self.cancelled: set[Node] = set()
         """Values that are zero whatever the inputs, such as a mask times zeros."""
         self._inputs: list[Tensor] = []
