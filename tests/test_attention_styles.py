@@ -191,6 +191,33 @@ class Feedforward(nn.Module):
         return self.run(x) + self.runs["run"](x)
 
 
+def test_keys_with_fewer_heads_than_values_hold_their_heads_and_nothing_else() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+            self.q, self.k, self.v, self.out = (nn.Linear(16, n) for n in (16, 8, 16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.down(self.up(x).relu())
+            q, k, v = (f(x).view(*x.shape[:2], -1, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    x = torch.randn(2, 5, 16)
+    net = dg.gate(Shared(), "neurons").eval()
+    with torch.no_grad():
+        for t in dg.gates.gated_tensors(net):
+            t.gates.gamma[::2] = 0
+    exported = dg.export(net, x, latency=False)
+    assert exported.model.up.out_features == 12
+    assert exported.model.v.out_features == 16
+    assert any("scaled_dot_product_attention" in kept.reason for kept in exported.report.kept)
+    torch.testing.assert_close(exported.model(x), net(x))
+    with pytest.raises(dg.GroupingError, match="attention head"):
+        dg.gate(Shared(), "heads", example_inputs=x)
+
+
 def test_functions_that_hold_modules_follow_the_exported_model() -> None:
     model, x = Feedforward(), torch.randn(5, 6)
     dg.gate(model, "neurons", exclude="parts.down.*")

@@ -532,3 +532,81 @@ def test_channels_go_beside_a_result_that_nobody_reads() -> None:
     out = dg.export(net, x, latency=False)
     assert out.report.removed == out.report.pruning.dead
     assert "residuals.1" in out.report.gone
+
+
+class Scan(nn.Module):
+    """Goes through the time step by step, with a state of a size that is written in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs, states = self.into(x), []
+        state = torch.zeros(len(x), 8, dtype=x.dtype)
+        for t in range(x.shape[1]):
+            state = torch.tanh(state + inputs[:, t])
+            states.append(state)
+        return self.out(torch.stack(states, 1))
+
+
+class Unrolled(Scan):
+    """Is given the first state, and how many of them are wanted."""
+
+    def forward(self, x: Tensor, steps: int = 0) -> Tensor:  # type: ignore[override]
+        states = [x]
+        for _ in range(steps):
+            states.append(torch.tanh(self.into(states[-1]) + torch.ones(len(x), 8, dtype=x.dtype)))
+        return self.out(torch.stack(states[1:], 1))
+
+
+class Scans(nn.Module):
+    def __init__(self, kind: type[Scan]) -> None:
+        super().__init__()
+        self.scans = nn.ModuleList([kind(), kind()])
+        self.norms = nn.ModuleList([nn.RMSNorm(8), nn.RMSNorm(8)])
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, scan in zip(self.norms, self.scans, strict=True):
+            x = x + (scan(norm(x)[:, 0], x.shape[1]) if isinstance(scan, Unrolled) else scan(norm(x)))
+        return self.head(x)
+
+
+class Block(nn.Module):
+    """Adds up in float32, as Mamba does, whatever its layers compute in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.scan = nn.RMSNorm(8), Scan()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(torch.float32) + self.scan(self.norm(x.to(self.norm.weight.dtype)))
+
+
+LOOPS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "scans": (lambda: Scans(Scan), ["norms.1", "scans.1"]),
+    "unrolled": (lambda: Scans(Unrolled), ["norms.1", "scans.1"]),
+    "blocks": (lambda: nn.Sequential(Block(), Block(), nn.Linear(8, 2)), ["1"]),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_dead_branch_that_loops_over_time_is_gone_at_any_length(name: str, tmp_path: Path) -> None:
+    build, gone = LOOPS[name]
+    torch.manual_seed(0)
+    net, x = build(), torch.randn(2, 4, 8)
+    randomize(net, torch.Generator().manual_seed(0))
+    dg.gate(net, "blocks", example_inputs=x)
+    with torch.no_grad():
+        dg.gates.gated_tensors(net)[-1].gates.gamma.zero_()
+    exported = dg.export(net, x, latency=False)
+    assert exported.report.removed == exported.report.pruning.dead == 1
+    assert sorted(exported.report.gone) == gone
+    dg.save(exported, tmp_path)
+    again = dg.load(tmp_path, build())
+    for new in (torch.randn(3, 7, 8), torch.randn(1, 1, 8)):
+        for small in (exported.model, again):
+            torch.testing.assert_close(small.eval()(new), net.eval()(new))
+    dg.gate(again, "blocks", example_inputs=x)
+    assert dg.export(again, x, latency=False).report.kept == []

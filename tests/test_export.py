@@ -682,6 +682,42 @@ def test_counts_beside_an_index_in_one_table_are_features_and_the_index_and_a_ma
     torch.testing.assert_close(reduced.model(x[:, [0, 2, 3, 5]], mask), model(x, mask))
 
 
+@pytest.mark.parametrize("grouping", ["embedding_dims", "hidden", "channels"])
+def test_tables_that_are_looked_up_by_an_index_go_with_the_dimension(grouping: str) -> None:
+    class Tables(nn.Module):
+        """Looks one table up by what it is given, and biases by what it computes, as experts have them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.kinds = nn.Parameter(torch.randn(9, 8)), nn.Parameter(torch.randn(4, 8))
+            self.norm, self.router = nn.RMSNorm(8), nn.Linear(8, 3)
+            self.up, self.inner = nn.Linear(8, 12, bias=False), nn.Parameter(torch.randn(3, 12))
+            self.down, self.outer = nn.Linear(12, 8, bias=False), nn.Parameter(torch.randn(3, 8))
+            self.out = nn.Linear(8, 2)
+
+        def forward(self, words: Tensor, kinds: Tensor) -> Tensor:
+            x = self.words[words] + self.kinds[kinds]
+            best = self.router(h := self.norm(x)).argmax(-1)
+            return self.out(x + self.down((self.up(h) + self.inner[best]).relu()) + self.outer[best])
+
+    torch.manual_seed(0)
+    given = (torch.randint(9, (2, 5)), torch.randint(4, (2, 5)))
+    net = dg.gate(Tables().double(), grouping, example_inputs=given).eval()
+    width, units = (8 - 4 * (grouping != "hidden"), 12 - 6 * (grouping != "embedding_dims"))
+    with torch.no_grad():
+        for gates in {id(t.gates): t.gates for t in dg.gates.gated_tensors(net)}.values():
+            gates.gamma[::2] = 0
+    exported = dg.export(net, given, latency=False)
+    assert exported.report.removed == exported.report.pruning.dead == (8 - width) + (12 - units)
+    small = exported.model
+    assert small.words.shape == (9, width)
+    assert small.kinds.shape == (4, width)
+    assert small.outer.shape == (3, width)
+    assert small.inner.shape == (3, units)
+    new = torch.randint(9, (3, 7)), torch.randint(4, (3, 7))
+    torch.testing.assert_close(small(*new), net(*new))
+
+
 class Policy(nn.Module):
     """Scores actions, of which a mask forbids some, and leaves room for more."""
 

@@ -420,6 +420,16 @@ def rounding(value: Tensor) -> float:
     return 1e-9 if value.dtype == torch.float64 else 100 * torch.finfo(value.dtype).eps
 
 
+def held_once(value: Tensor, axis: int) -> Tensor | None:
+    """Return what is the same all along an axis, up to rounding, with size 1 there; ``None`` if it is not."""
+    if not value.shape[axis]:
+        return None
+    once = value.narrow(axis, 0, 1)
+    if not value.is_floating_point():
+        return once if bool((value == once).all()) else None
+    return once if float((value - once).abs().max()) <= rounding(value) * float(value.abs().max()) else None
+
+
 def sums_to_one(node: Node, axis: int, families: Mapping[Node, Family]) -> bool:
     """Tell whether a node's values are a softmax along an axis, possibly moved since."""
     family = families.get(node)

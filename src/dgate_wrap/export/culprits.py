@@ -160,17 +160,28 @@ def record_calls(model: nn.Module, inputs: Inputs, elsewhere: Iterable[Inputs] =
         inputs.call(model, **extra)
     numbers = [(_numbers(c.arguments), _numbers(c.result)) for c in calls]
     for other in elsewhere if any(map(any, numbers)) else ():
-        there = record_calls(model, other)
-        if [c.path for c in there] == [c.path for c in calls]:
-            for i, call in enumerate(there):
-                sized, given = (
-                    {at for at, n in here.items() if found.get(at, n) != n}
-                    for here, found in zip(numbers[i], (_numbers(call.arguments), _numbers(call.result)), strict=True)
-                )
-                calls[i] = replace(
-                    calls[i], sized=calls[i].sized | sized, gives_sizes=calls[i].gives_sizes or bool(given)
-                )
+        here, there = (_by_path(cs) for cs in (calls, record_calls(model, other)))
+        alike = [(at, found) for path, places in here.items() for at, found in _as_often(places, there.get(path, {}))]
+        for i, call in alike:
+            sized, given = (
+                {at for at, n in ours.items() if found.get(at, n) != n}
+                for ours, found in zip(numbers[i], (_numbers(call.arguments), _numbers(call.result)), strict=True)
+            )
+            calls[i] = replace(calls[i], sized=calls[i].sized | sized, gives_sizes=calls[i].gives_sizes or bool(given))
     return calls
+
+
+def _by_path(calls: list[Call]) -> dict[str, dict[int, Call]]:
+    """Return the calls of every module, with their places among all."""
+    found: dict[str, dict[int, Call]] = {}
+    for i, call in enumerate(calls):
+        found.setdefault(call.path, {})[i] = call
+    return found
+
+
+def _as_often(here: dict[int, Call], there: dict[int, Call]) -> list[tuple[int, Call]]:
+    """Return the places of calls with those elsewhere, of a module that is called as often there."""
+    return list(zip(here, there.values(), strict=True)) if len(here) == len(there) else []
 
 
 def calls_in_training(model: nn.Module, inputs: Inputs) -> list[Call]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from .recipes import (
 )
 from .regraph import Layer, Part, Rewriter
 from .rewritten import kind_of, plain_signature, unbind
+from .silence import Seen, constants_alone
 from .steps import UnwritableError
 from .widths import Widths
 
@@ -85,6 +87,7 @@ class Grafts:
         parts: Graphs of modules alone to write them from, in place of that of the whole model.
         dropouts: How much each attention of the trace drops in training.
         changing: Modules whose attributes change in a run.
+        elsewhere: The calls on inputs of other sizes, where the graph holds at the example's sizes only.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Grafts:
         parts: Parts | None = None,
         dropouts: Mapping[Node, float] | None = None,
         changing: Collection[str] = (),
+        elsewhere: Sequence[list[Call]] = (),
     ) -> None:
         self.model, self.symbolic, self.calls, self.spared, self._parts = model, symbolic, calls, spared, parts
         self.facts, self._widths = widths.facts, widths
@@ -111,6 +115,7 @@ class Grafts:
         self._spans = spans(symbolic.graph)
         self._called = {c.path for c in calls}
         self._children = Children(model, calls, self.facts, changing)
+        self._elsewhere = elsewhere
         self._silent: set[str] = set()
         """Modules whose new forward does not give all that the old one gave."""
 
@@ -165,7 +170,7 @@ class Grafts:
                     pass
             for path in (p for p in branch.paths if not draft.covers(p) and p.rpartition(".")[0] not in staying):
                 with contextlib.suppress(UnwritableError):
-                    draft = draft.grafted(path, *self.write(path))
+                    draft = draft.grafted(path, *(self._silence(path) if self._elsewhere else self.write(path)))
         return draft
 
     def _whole(self, node: Node) -> bool:
@@ -186,17 +191,24 @@ class Grafts:
         Raises:
             UnwritableError: If it cannot be written.
         """
+
+        def write(i: int, call: Call, nodes: list[Node]) -> tuple[Recipe, dict[str, Tensor]]:
+            return self._write(path, call, *self._graph(path, call, i, nodes), inlined)
+
+        return self._for_all_calls(path, write)
+
+    def _for_all_calls(
+        self, path: str, write: Callable[[int, Call, list[Node]], tuple[Recipe, dict[str, Tensor]]]
+    ) -> tuple[Recipe, dict[str, Tensor]]:
+        """Write the one forward that all calls of a module are given."""
         if path in self.spared:
             raise UnwritableError(f"{path or 'the model'} is given a cache, which its new forward would not take")
         found = [c for c in self.calls if c.path == path]
         traced = list(self._spans.get(path, {}).values())
         if not found or len(found) != len(traced):
             raise UnwritableError(f"{path or 'the model'} is called {len(found)} times, and traced {len(traced)} times")
-        calls = list(enumerate(zip(found, traced, strict=True)))
         try:
-            written = [
-                self._write(path, call, *self._graph(path, call, i, nodes), inlined) for i, (call, nodes) in calls
-            ]
+            written = [write(i, call, nodes) for i, (call, nodes) in enumerate(zip(found, traced, strict=True))]
         except UndescribableError as e:
             raise UnwritableError(f"{path or 'the model'} takes or returns {e}") from e
         recipe, constants = written[0]
@@ -204,6 +216,49 @@ class Grafts:
         if not all(alike):
             raise UnwritableError(f"{path or 'the model'} is called several times, and not in the same way")
         return recipe, constants
+
+    def _silence(self, path: str) -> tuple[Recipe, dict[str, Tensor]]:
+        """Write the forward of a dead module as what it gives, whatever its graph is at other sizes.
+
+        Raises:
+            UnwritableError: If it gives anything but constants of sizes that it is given.
+        """
+        return self._for_all_calls(path, lambda i, call, nodes: self._constants(path, i, call, nodes))
+
+    def _constants(self, path: str, i: int, call: Call, nodes: list[Node]) -> tuple[Recipe, dict[str, Tensor]]:
+        given, _, takes, _ = _takes(call)
+        count = len(self._spans[path])
+        there = [[c for c in calls if c.path == path] for calls in self._elsewhere]
+        seen = [_seen(c, call.sized) for c in (call, *(found[i] for found in there if len(found) == count))]
+        if len(seen) <= len(there) or any(s.axes != seen[0].axes for s in seen):
+            raise UnwritableError(f"{path} is called in another way at other sizes")
+        nodes = [n for n in nodes if n.op == "call_function"]
+        values = dict[int, Tensor]()
+        places = itertools.count()
+
+        def find(x: Any) -> Any:
+            """Note the constant that a result is, or return ``None`` in place of one that no code reads."""
+            told = self._told(x, nodes, set(nodes), self.symbolic.twins) if isinstance(x, Tensor) else []
+            at = next(places) if isinstance(x, Tensor) else -1
+            if told:
+                values[at] = self._constant(self.symbolic.twins[told[0]])
+            elif at >= 0:
+                self._silent.add(path)
+                return None
+            return x
+
+        gives = describe_tree(pytree.tree_map(find, call.result), [])
+        part = constants_alone(values, seen[0], seen[1:], self._names(path).values())
+        return self._recipe(path, part, given, takes, gives)
+
+    def _constant(self, node: Node) -> Tensor:
+        """Return what stays of a node that is a constant, or that nobody needs."""
+        if bool(self.facts.needed(node).any()):
+            raise UnwritableError(f"{node.name} is no constant")
+        value = self.facts.values[node].masked_fill(self.facts.unknown[node], 0)
+        for axis, kept in enumerate(self._widths.keep.get(node, ())):
+            value = value.index_select(axis, kept.nonzero().flatten())
+        return value
 
     def _graph(self, path: str, call: Call, i: int, nodes: list[Node]) -> tuple[Rewriter, list[Node]]:
         """Return what writes a call of a module, and its nodes."""
@@ -222,19 +277,7 @@ class Grafts:
         self, path: str, call: Call, rewriter: Rewriter, nodes: list[Node], inlined: Collection[str]
     ) -> tuple[Recipe, dict[str, Tensor]]:
         twins, inside = rewriter.symbolic.twins, set(nodes)
-        if call.gives_sizes:
-            raise UnwritableError(f"{path or 'the model'} returns a number that follows from the sizes of its inputs")
-        given: list[Tensor] = []
-        leaves, form = pytree.tree_flatten(call.arguments)
-        tensors, places = sum(isinstance(x, Tensor) for x in leaves), sorted(call.sized)
-        numbers = [leaves[at] for at in places]
-        for i, at in enumerate(places):
-            leaves[at] = Sized(tensors + i)
-        arguments = pytree.tree_unflatten(leaves, form)
-        takes, names = {"dict": dict[str, Any]()}, dict[int, str]()
-        for name, value in arguments.items():
-            names[len(given)] = name if isinstance(value, Tensor) else ""
-            takes["dict"][name] = describe_tree(value, given)
+        given, numbers, takes, names = _takes(call)
         read = {n for node in nodes for n in node.all_input_nodes if n not in inside}
         own = self._names(path)
         inputs = [self._given(x, read, own, twins) for x in given]
@@ -272,8 +315,13 @@ class Grafts:
             part = write(children)
         except UnwritableError:  # does it all by itself, then
             part = write()
+        return self._recipe(path, part, given, takes, gives)
+
+    def _recipe(
+        self, path: str, part: Part, given: list[Tensor], takes: Any, gives: Any
+    ) -> tuple[Recipe, dict[str, Tensor]]:
         placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
-        takes = without_unread(takes, {i for i, n in enumerate(placeholders[: len(inputs)]) if n.users})
+        takes = without_unread(takes, {i for i, n in enumerate(placeholders[: len(given)]) if n.users})
         shapes = {n: list(t.shape) for n, t in part.constants.items()}
         axes, kinds = [x.dim() for x in given], [kind_of(x) for x in given]
         drops = self._drops(path, part)
@@ -347,6 +395,36 @@ class Grafts:
         names |= {n: held[id(m)] for n, m in self._modules.items() if id(m) in held}
         names |= {f"{p}.bias".lstrip("."): f"{names[p]}.bias".lstrip(".") for p in self._new_biases if p in names}
         return names
+
+
+def _takes(call: Call) -> tuple[list[Tensor], list[int], Any, dict[int, str]]:
+    """Return what a call is given: tensors, numbers that follow from sizes, their form, and the arguments' names.
+
+    Raises:
+        UnwritableError: If its result holds such a number.
+        UndescribableError: If it is given anything else that a recipe cannot hold.
+    """
+    if call.gives_sizes:
+        raise UnwritableError(f"{call.path or 'the model'} returns a number that follows from the sizes of its inputs")
+    given: list[Tensor] = []
+    leaves, form = pytree.tree_flatten(call.arguments)
+    tensors, places = sum(isinstance(x, Tensor) for x in leaves), sorted(call.sized)
+    numbers = [leaves[at] for at in places]
+    for i, at in enumerate(places):
+        leaves[at] = Sized(tensors + i)
+    takes, names = {"dict": dict[str, Any]()}, dict[int, str]()
+    for name, value in pytree.tree_unflatten(leaves, form).items():
+        names[len(given)] = name if isinstance(value, Tensor) else ""
+        takes["dict"][name] = describe_tree(value, given)
+    return given, numbers, takes, names
+
+
+def _seen(call: Call, sized: Collection[int]) -> Seen:
+    """Return the sizes in a call, with the numbers at some places of its arguments."""
+    leaves = pytree.tree_leaves(call.arguments)
+    given, results = ([x for x in held if isinstance(x, Tensor)] for held in (leaves, pytree.tree_leaves(call.result)))
+    numbers = [leaves[at] for at in sorted(sized) if at < len(leaves)]
+    return Seen([list(x.shape) for x in given], numbers, [list(x.shape) for x in results])
 
 
 def _is_stock(module: nn.Module) -> bool:

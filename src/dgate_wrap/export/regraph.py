@@ -25,7 +25,7 @@ from ..tracing.operations import op_name, shape_of
 from ..tracing.origins import owner, owners, where
 from ..tracing.symbolic import Symbolic, is_open
 from .children import Child, Given
-from .constants import rounding
+from .constants import held_once
 from .plan import Permissions, folded_constant
 from .scatter import places_of
 from .sizes import Sizes
@@ -200,11 +200,10 @@ class Writing:
         shape = node.meta["val"].shape
         for axis, size in enumerate(shape):
             if is_open(size):
-                same = value.narrow(axis, 0, 1)
-                spread = (value - same).abs().max() if value.is_floating_point() else (value != same).any()
-                if float(spread) > (rounding(value) * float(value.abs().max()) if value.is_floating_point() else 0):
+                once = held_once(value, axis)
+                if once is None:
                     return None
-                value = same
+                value = once
             else:
                 value = value.index_select(axis, self.r.kept(node, axis).nonzero().flatten())
         return value
@@ -227,9 +226,17 @@ class Writing:
             zero = self.r.twin(other)
             if zero in self.facts.varying and isinstance(self.facts.values[zero], Tensor):
                 nothing = bool(self.facts.zero(zero).all())
-                if nothing and _alike(x.meta["val"], node.meta["val"]):
+                if nothing and [str(n) for n in x.meta["val"].shape] == [str(n) for n in node.meta["val"].shape]:
                     return x
         return None
+
+    def _promoted(self, x: Node, node: Node) -> Any:
+        """Return an operand as a sum with zeros gives it, which may be of another precision than it is itself."""
+        made, [zeros] = self._get(x), [n for n in node.all_input_nodes if n is not x] or [x]
+        if x.meta["val"].dtype == node.meta["val"].dtype:
+            return made
+        zero = self.hold(torch.zeros([1] * len(node.meta["val"].shape), dtype=zeros.meta["val"].dtype))
+        return self.graph.call_function(torch.ops.aten.add.Tensor, (made, self.graph.get_attr(zero)))
 
     def _emit_constant(self, node: Node, value: Tensor) -> Any:
         shape, sizes = node.meta["val"].shape, list(value.shape)
@@ -309,7 +316,7 @@ class Writing:
             return self._returned(self._children[node], node)
         passed = self._passed(node)
         if passed is not None:
-            return self._get(passed)
+            return self._promoted(passed, node)
         if isinstance(node.meta.get("val"), torch.SymInt):  # what it is computed from may lie outside
             with contextlib.suppress(UnwritableError):
                 return self.sizes.told(node.meta["val"])
@@ -512,10 +519,6 @@ _OF_DOUBLE: dict[Any, str] = {
     torch.finfo(torch.float64).max: "highest",
 }
 """What the precision of the analysis shows itself by, and what it is called."""
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and [str(n) for n in a.shape] == [str(n) for n in b.shape]
 
 
 def _repeats(mask: Tensor, size: int) -> bool:

@@ -174,6 +174,7 @@ class _Search:
         self.subject = subject
         self.permissions = Permissions(subject.model, subject.facts.trace, subject.facts.families)
         self._calls: list[Call] | None = None
+        self._elsewhere: list[list[Call]] | None = None
         self._runs: tuple[dict[Node, float], frozenset[str]] | None = None
 
     def could_gain(self, own: Found) -> bool:
@@ -492,7 +493,17 @@ class _Search:
             self._spared,
             self._parts,
             *self._seen(),
+            self._calls_elsewhere(),
         )
+
+    def _calls_elsewhere(self) -> list[list[Call]]:
+        """Return the calls on inputs of other sizes, if the graph holds at the example's only and modules are dead."""
+        if not self._stuck(self.subject) or not find_dead(self.subject.facts):
+            return []
+        if self._elsewhere is None:
+            probes = [x for x in self.verifier.inputs[1:] if x.sizes != self.verifier.inputs[0].sizes]
+            self._elsewhere = [record_calls(self.subject.model, self.subject.in_precision(x)) for x in probes]
+        return self._elsewhere
 
     def _seen(self) -> tuple[dict[Node, float], frozenset[str]]:
         """Return how much each attention drops in training, and the modules whose attributes change in a run."""

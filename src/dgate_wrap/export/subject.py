@@ -72,5 +72,6 @@ class Subject:
         """Return the nodes that have the value of an argument of some calls."""
         leaves = [x for c in calls for x in pytree.tree_leaves(c.arguments)]
         given = [x for x in leaves if isinstance(x, Tensor)]
-        values = {n: v for n in self.facts.varying if isinstance(v := self.facts.values.get(n), Tensor)}
+        made = self.facts.varying | self.facts.families.keys()
+        values = {n: v for n in made if isinstance(v := self.facts.values.get(n), Tensor)}
         return {n for n, v in values.items() if any(same_value(v, x, APART) for x in given)}

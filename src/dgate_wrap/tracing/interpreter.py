@@ -46,6 +46,7 @@ from .structure import (
     UNMOVABLE,
     ZERO,
     Reader,
+    Role,
     Slot,
     Structure,
     label_of,
@@ -162,6 +163,8 @@ class Interpreter(Layers):
     @_label.register
     def _(self, family: Indexing, node: Node) -> None:
         parts = [self._words(n) for n in (family.x, family.source) if n is not None]
+        if self._looks_up(family):
+            return self._label(Lookup(family.x, *family.indices), node)
         values = {n: self._fixed(n) for n in family.indices}
         known = all(v is not None for v in values.values()) and not family.adds
         why = self._says(node, "positions are picked by value")
@@ -186,6 +189,13 @@ class Interpreter(Layers):
         if family.source is not None and len(family.axes) == 1 and parts[1].dim() == parts[0].dim():
             self._couple(parts, family.axes[0])
         return None
+
+    def _looks_up(self, family: Indexing) -> bool:
+        """Tell whether data look rows of a table up."""
+        if family.source is not None or family.axes != (0,) or family.x in self.varying or len(shape_of(family.x)) != 2:
+            return False
+        [rows] = family.indices
+        return rows in self.varying and rows.meta["val"].dtype in (torch.int64, torch.int32)
 
     @_label.register
     def _(self, family: Pointwise, node: Node) -> None:
@@ -343,7 +353,8 @@ class Interpreter(Layers):
                 column = self._unite_over(self._words(family.table), [0])
                 return self._set(node, column.squeeze(0))
             return self._set_all(node, DATA if node in self.varying else CONSTANT)
-        state = self._produce(node, family.table, fresh, "table", (family.table, 1))
+        role: Role = "adjust" if self._follows_weights(family.indices) else "table"  # a bias of the expert, say
+        state = self._produce(node, family.table, fresh, role, (family.table, 1))
         words = fresh.squeeze(0) * 4 + state
         if is_tensor(node):
             return self._set(node, words)

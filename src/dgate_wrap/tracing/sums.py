@@ -145,9 +145,10 @@ def _convolution(node: Node, varying: frozenset[Node]) -> Family | None:
 
 def _attention(node: Node, varying: frozenset[Node]) -> Family | None:
     query, key, value = cast("tuple[Node, Node, Node]", node.args[:3])
-    repeats = 1
-    if len(shape_of(query)) >= 4 and shape_of(query)[-3] != shape_of(value)[-3]:
-        repeats = shape_of(query)[-3] // shape_of(value)[-3]
+    asking, asked, given = (shape_of(n)[-3] if len(shape_of(n)) >= 4 else 1 for n in (query, key, value))
+    if asked != given:  # a key may serve more heads than a value does
+        return None
+    repeats = asking // given
     return Attention(tensor_inputs(node), query, key, value, repeats)
 
 

@@ -38,6 +38,18 @@ class Weights(Words):
             return source.kind in ("parameter", "input")
         return node in self.varying or any(self._learned(n) for n in node.all_input_nodes)
 
+    def _follows_weights(self, node: Node) -> bool:
+        """Tell whether a value depends on parameters."""
+        front, seen = [node], {node}
+        while front:
+            at = front.pop()
+            if at.op == "placeholder" and self.trace.sources[at].kind == "parameter":
+                return True
+            more = [n for n in at.all_input_nodes if n not in seen]
+            seen.update(more)
+            front.extend(more)
+        return False
+
     def _from_input(self, labels: Tensor) -> bool:
         """Tell whether these are features of the model's input, and no channels that it makes."""
         sets = self.structure.sets

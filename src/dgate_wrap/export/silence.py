@@ -1,0 +1,89 @@
+"""Write the forward of a dead module: the constants that it gives, of the sizes that what it is given has.
+
+For where no graph holds at other sizes than the example's, as that of a loop over time steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from .constants import held_once
+from .regraph import Part
+from .steps import UnwritableError
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The sizes in one call of a module.
+
+    Args:
+        given: Shapes of the tensors that it was given.
+        numbers: The whole numbers that it was given and that follow from sizes.
+        results: Shapes of the tensors that it gave.
+    """
+
+    given: list[list[int]]
+    numbers: list[int]
+    results: list[list[int]]
+
+    @property
+    def axes(self) -> tuple[list[int], int, list[int]]:
+        """How many axes everything has."""
+        return [len(s) for s in self.given], len(self.numbers), [len(s) for s in self.results]
+
+
+def constants_alone(
+    values: Mapping[int, Tensor], here: Seen, elsewhere: Sequence[Seen], taken: Collection[str]
+) -> Part:
+    """Return the graph of a module that gives constants.
+
+    Args:
+        values: What it gives in the example that anybody reads, by its number among the tensors that it gives, and
+            without what is cut of it.
+        here: The sizes in the example.
+        elsewhere: The sizes in calls on other inputs.
+        taken: Names that no constant may have.
+
+    Raises:
+        UnwritableError: If a size that changes is none of what the module is given, or if what it gives changes along
+            such an axis.
+    """
+    graph, constants = Graph(), dict[str, Tensor]()
+    tensors = [graph.placeholder(f"x{i}") for i in range(len(here.given))]
+    numbers = [graph.placeholder(f"n{i}") for i in range(len(here.numbers))]
+    free = (n for i in itertools.count() if (n := f"_constant{i}") not in taken)
+
+    def told(i: int, axis: int) -> Node | None:
+        """Return the size of a result along an axis; ``None`` if it is always the same."""
+        sizes = [s.results[i][axis] for s in (here, *elsewhere)]
+        if len(set(sizes)) == 1:
+            return None
+        for j, tensor in enumerate(tensors):
+            for other in range(len(here.given[j])):
+                if [s.given[j][other] for s in (here, *elsewhere)] == sizes:
+                    return graph.call_function(torch.ops.aten.sym_size.int, (tensor, other))
+        for j, number in enumerate(numbers):
+            if [s.numbers[j] for s in (here, *elsewhere)] == sizes:
+                return number
+        raise UnwritableError("the sizes of what it gives are none of what it is given")
+
+    outputs: list[Node] = []
+    for i, value in values.items():
+        held, sizes = value, [told(i, axis) for axis in range(value.dim())]
+        for axis, size in enumerate(sizes):
+            once = held_once(held, axis)
+            if once is None and size is not None:
+                raise UnwritableError("what it gives is not the same along an axis that may become longer")
+            held = held if once is None else once
+        shape = [n if size is None else size for n, size in zip(value.shape, sizes, strict=True)]
+        constants[name := next(free)] = held.clone()
+        outputs.append(graph.call_function(torch.ops.aten.expand.default, (graph.get_attr(name), shape)))
+    graph.output(tuple(outputs))
+    graph.lint()
+    return Part(graph, constants)
