@@ -31,7 +31,7 @@ from .recipes import (
 )
 from .regraph import Layer, Part, Rewriter
 from .rewritten import kind_of, plain_signature, unbind
-from .silence import Seen, constants_alone
+from .silence import Seen, constants_alone, sizes_of
 from .steps import UnwritableError
 from .widths import Widths
 
@@ -87,7 +87,7 @@ class Grafts:
         parts: Graphs of modules alone to write them from, in place of that of the whole model.
         dropouts: How much each attention of the trace drops in training.
         changing: Modules whose attributes change in a run.
-        elsewhere: The calls on inputs of other sizes, where the graph holds at the example's sizes only.
+        elsewhere: Per module, the sizes in its calls on other inputs, where the graph holds at the example's only.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Grafts:
         parts: Parts | None = None,
         dropouts: Mapping[Node, float] | None = None,
         changing: Collection[str] = (),
-        elsewhere: Sequence[list[Call]] = (),
+        elsewhere: Sequence[Mapping[str, list[Seen]]] = (),
     ) -> None:
         self.model, self.symbolic, self.calls, self.spared, self._parts = model, symbolic, calls, spared, parts
         self.facts, self._widths = widths.facts, widths
@@ -227,10 +227,8 @@ class Grafts:
 
     def _constants(self, path: str, i: int, call: Call, nodes: list[Node]) -> tuple[Recipe, dict[str, Tensor]]:
         given, _, takes, _ = _takes(call)
-        count = len(self._spans[path])
-        there = [[c for c in calls if c.path == path] for calls in self._elsewhere]
-        seen = [_seen(c, call.sized) for c in (call, *(found[i] for found in there if len(found) == count))]
-        if len(seen) <= len(there) or any(s.axes != seen[0].axes for s in seen):
+        here, there = sizes_of(call, call.sized), [seen[path][i] for seen in self._elsewhere if path in seen]
+        if len(there) < len(self._elsewhere) or any(s.axes != here.axes for s in there):
             raise UnwritableError(f"{path} is called in another way at other sizes")
         nodes = [n for n in nodes if n.op == "call_function"]
         values = dict[int, Tensor]()
@@ -242,13 +240,15 @@ class Grafts:
             at = next(places) if isinstance(x, Tensor) else -1
             if told:
                 values[at] = self._constant(self.symbolic.twins[told[0]])
+            elif any(same_value(x, y) for y in given if at >= 0):
+                raise UnwritableError(f"{path} gives what it is given")
             elif at >= 0:
                 self._silent.add(path)
                 return None
             return x
 
         gives = describe_tree(pytree.tree_map(find, call.result), [])
-        part = constants_alone(values, seen[0], seen[1:], self._names(path).values())
+        part = constants_alone(values, here, there, self._names(path).values())
         return self._recipe(path, part, given, takes, gives)
 
     def _constant(self, node: Node) -> Tensor:
@@ -417,14 +417,6 @@ def _takes(call: Call) -> tuple[list[Tensor], list[int], Any, dict[int, str]]:
         names[len(given)] = name if isinstance(value, Tensor) else ""
         takes["dict"][name] = describe_tree(value, given)
     return given, numbers, takes, names
-
-
-def _seen(call: Call, sized: Collection[int]) -> Seen:
-    """Return the sizes in a call, with the numbers at some places of its arguments."""
-    leaves = pytree.tree_leaves(call.arguments)
-    given, results = ([x for x in held if isinstance(x, Tensor)] for held in (leaves, pytree.tree_leaves(call.result)))
-    numbers = [leaves[at] for at in sorted(sized) if at < len(leaves)]
-    return Seen([list(x.shape) for x in given], numbers, [list(x.shape) for x in results])
 
 
 def _is_stock(module: nn.Module) -> bool:

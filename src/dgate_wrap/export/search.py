@@ -40,6 +40,7 @@ from .padding import find_patch, padded
 from .plan import Draft, Permissions, Plan, make_plan
 from .scatter import partial_rows
 from .selection import is_selectable, reduced
+from .silence import Seen, sizes_in
 from .subject import Subject
 from .uses import MASK, cached_uses, given_caches, training_fails
 from .vectors import Allowed, Frozen
@@ -174,7 +175,7 @@ class _Search:
         self.subject = subject
         self.permissions = Permissions(subject.model, subject.facts.trace, subject.facts.families)
         self._calls: list[Call] | None = None
-        self._elsewhere: list[list[Call]] | None = None
+        self._elsewhere: list[dict[str, list[Seen]]] | None = None
         self._runs: tuple[dict[Node, float], frozenset[str]] | None = None
 
     def could_gain(self, own: Found) -> bool:
@@ -493,16 +494,17 @@ class _Search:
             self._spared,
             self._parts,
             *self._seen(),
-            self._calls_elsewhere(),
+            self._sizes_elsewhere(),
         )
 
-    def _calls_elsewhere(self) -> list[list[Call]]:
-        """Return the calls on inputs of other sizes, if the graph holds at the example's only and modules are dead."""
+    def _sizes_elsewhere(self) -> list[dict[str, list[Seen]]]:
+        """Return the sizes in calls on other inputs, if the graph holds at the example's only and modules are dead."""
         if not self._stuck(self.subject) or not find_dead(self.subject.facts):
             return []
         if self._elsewhere is None:
             probes = [x for x in self.verifier.inputs[1:] if x.sizes != self.verifier.inputs[0].sizes]
-            self._elsewhere = [record_calls(self.subject.model, self.subject.in_precision(x)) for x in probes]
+            recorded = (record_calls(self.subject.model, self.subject.in_precision(x)) for x in probes)
+            self._elsewhere = [sizes_in(self.calls, there) for there in recorded]
         return self._elsewhere
 
     def _seen(self) -> tuple[dict[Node, float], frozenset[str]]:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
 
 from .constants import held_once
+from .culprits import Call
 from .regraph import Part
 from .steps import UnwritableError
 
@@ -36,6 +38,24 @@ class Seen:
     def axes(self) -> tuple[list[int], int, list[int]]:
         """How many axes everything has."""
         return [len(s) for s in self.given], len(self.numbers), [len(s) for s in self.results]
+
+
+def sizes_in(calls: Sequence[Call], there: Sequence[Call]) -> dict[str, list[Seen]]:
+    """Return the sizes in calls on other inputs, per module that is called as often as in some calls on the example."""
+    found: dict[str, list[Seen]] = {}
+    for path in {c.path for c in calls}:
+        ours, theirs = ([c for c in some if c.path == path] for some in (calls, there))
+        if len(ours) == len(theirs):
+            found[path] = [sizes_of(call, own.sized) for call, own in zip(theirs, ours, strict=True)]
+    return found
+
+
+def sizes_of(call: Call, sized: Collection[int]) -> Seen:
+    """Return the sizes in a call, with the numbers at some places of its arguments."""
+    leaves = pytree.tree_leaves(call.arguments)
+    given, results = ([x for x in held if isinstance(x, Tensor)] for held in (leaves, pytree.tree_leaves(call.result)))
+    numbers = [leaves[at] for at in sorted(sized) if at < len(leaves)]
+    return Seen([list(x.shape) for x in given], numbers, [list(x.shape) for x in results])
 
 
 def constants_alone(
