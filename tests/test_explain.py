@@ -125,6 +125,33 @@ def test_residual_block_with_batch_norm() -> None:
     assert alone["stem.weight"].reason == "'conv2.weight' makes the same channel and is in no group with it"
 
 
+class Centered(nn.Module):
+    """A layer norm, written by hand."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centered = x.to(torch.float32) - x.to(torch.float32).mean(-1, keepdim=True)
+        return self.weight * (centered * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+class Spread(Centered):
+    """Divides by a deviation, from a mean that is not subtracted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x / (x.std(-1, keepdim=True) + 1e-5)
+
+
+@pytest.mark.parametrize("norm", [Centered, Spread])
+def test_norms_written_by_hand_that_have_a_mean_hold_the_stream(norm: type[Centered]) -> None:
+    found = dg.explain(Transformer(norm), "channels", TOKENS)
+    assert {verdict for name, verdict in verdicts(found).items() if of_stream(name)} == {"no"}
+    with pytest.raises(dg.GroupingError, match="embedding dimension"):
+        dg.gate(Transformer(norm), "embedding_dims", example_inputs=TOKENS)
+
+
 def test_layer_norm_subtracts_a_mean() -> None:
     found = dg.explain(Transformer(nn.LayerNorm), "channels", TOKENS)
     for name, verdict in verdicts(found).items():

@@ -36,7 +36,7 @@ from .families import (
 )
 from .layers import Layers
 from .nodes import is_tensor, op_name, shape_of
-from .operations import gives_zero
+from .operations import COPIES, gives_zero
 from .products import as_product, summed_by, summed_product
 from .structure import (
     CONSTANT,
@@ -224,6 +224,8 @@ class Interpreter(Layers):
         for label in labels:
             self.structure.unite(out, label)
             out = torch.where(out >= 0, out, label)
+        if op_name(node) == "sub" and self._is_centered(operands):
+            self.structure.flag("centered", out, self._says(node, "the mean over the channels depends on their number"))
         if op_name(node) in ("add", "sub") and len(operands) > 1 and self.varying.issuperset(operands):
             self.structure.flag("added", out, self._says(node, "it is added to others"))
         state = self._probe(node, family, words)
@@ -236,6 +238,20 @@ class Interpreter(Layers):
         if lively.any():
             self._enliven(out.expand(lively.shape)[lively], self._says(node, "something live is combined with it"))
         return self._set(node, torch.where(out >= 0, out * 4 + state, torch.where(data, DATA, CONSTANT)))
+
+    def _is_centered(self, operands: list[Node]) -> bool:
+        """Tell whether a value is centered by its own mean over the channels, as in a norm that is written by hand."""
+        x, mean = (self._copied(n) for n in operands) if len(operands) == 2 else (None, None)
+        family = self.families.get(mean) if mean is not None else None
+        if not isinstance(family, Mixing) or not family.averages or x is None or self._copied(family.x) is not x:
+            return False
+        return any(self._varies(label_of(narrow(self._words(x))), a) for a in family.mixed)
+
+    def _copied(self, node: Node) -> Node:
+        """Return what a node is a copy of, perhaps in another precision."""
+        while op_name(node) in COPIES and node.op == "call_function":
+            node = node.all_input_nodes[0]
+        return node
 
     # contractions
 
