@@ -64,8 +64,9 @@ class Layers(Elements):
             if family.kind == "scan":
                 self.structure.flag("frozen", lost, self._says(node, "it is compared with other channels"))
             elif not family.keeps_zero:
-                for flag in ("norm", "centered"):
-                    self.structure.flag(flag, lost, self._says(node, "a statistic over the channels"))
+                self.structure.flag("norm", lost, self._says(node, "a statistic over the channels"))
+                if not family.averages:
+                    self.structure.flag("centered", lost, self._says(node, "a statistic over the channels"))
             else:
                 self._consume(node, torch.where(lost >= 0, words, CONSTANT))
             state = torch.where(words >= 0, state_of(words), ZERO).amax(wide, keepdim=True)
