@@ -65,7 +65,6 @@ class Constants:
         self.families: dict[Node, Family] = {
             n: describe(n, self.varying) for n in self.nodes if n.op == "call_function"
         }
-        self.features = feature_inputs(trace, self.families, self.varying)
         self._maps: dict[Node, list[Tensor]] = {}
         self._boxes: dict[Node, list[Tensor] | None] = {}
         self._extremes: dict[tuple[Node, int], tuple[Tensor, Tensor]] = {}
@@ -76,6 +75,11 @@ class Constants:
             self._find_unknown(node)
             if self.elsewhere and node in self.varying and isinstance(self.values.get(node), Tensor):
                 self._find_sized(node)
+
+    @functools.cached_property
+    def features(self) -> frozenset[Node]:
+        """The inputs whose elements are features."""
+        return feature_inputs(self.trace, self.families, self.varying)
 
     def outputs(self, node: Node) -> list[Node]:
         """Return the tensor-valued nodes that hold a node's results: itself, or what is picked from it."""

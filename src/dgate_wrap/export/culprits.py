@@ -160,9 +160,7 @@ def record_calls(model: nn.Module, inputs: Inputs, elsewhere: Iterable[Inputs] =
         inputs.call(model, **extra)
     numbers = [(_numbers(c.arguments), _numbers(c.result)) for c in calls]
     for other in elsewhere if any(map(any, numbers)) else ():
-        here, there = (_by_path(cs) for cs in (calls, record_calls(model, other)))
-        alike = [(at, found) for path, places in here.items() for at, found in _as_often(places, there.get(path, {}))]
-        for i, call in alike:
+        for i, call in paired_calls(calls, record_calls(model, other)):
             sized, given = (
                 {at for at, n in ours.items() if found.get(at, n) != n}
                 for ours, found in zip(numbers[i], (_numbers(call.arguments), _numbers(call.result)), strict=True)
@@ -171,17 +169,19 @@ def record_calls(model: nn.Module, inputs: Inputs, elsewhere: Iterable[Inputs] =
     return calls
 
 
-def _by_path(calls: list[Call]) -> dict[str, dict[int, Call]]:
+def paired_calls(here: list[Call], there: list[Call]) -> list[tuple[int, Call]]:
+    """Return the places of calls with those elsewhere, of the modules that are called as often there."""
+    ours, theirs = (_by_path(calls) for calls in (here, there))
+    alike = [path for path, calls in ours.items() if len(calls) == len(theirs.get(path, []))]
+    return [(i, call) for path in alike for (i, _), (_, call) in zip(ours[path], theirs[path], strict=True)]
+
+
+def _by_path(calls: list[Call]) -> dict[str, list[tuple[int, Call]]]:
     """Return the calls of every module, with their places among all."""
-    found: dict[str, dict[int, Call]] = {}
+    found: dict[str, list[tuple[int, Call]]] = {}
     for i, call in enumerate(calls):
-        found.setdefault(call.path, {})[i] = call
+        found.setdefault(call.path, []).append((i, call))
     return found
-
-
-def _as_often(here: dict[int, Call], there: dict[int, Call]) -> list[tuple[int, Call]]:
-    """Return the places of calls with those elsewhere, of a module that is called as often there."""
-    return list(zip(here, there.values(), strict=True)) if len(here) == len(there) else []
 
 
 def calls_in_training(model: nn.Module, inputs: Inputs) -> list[Call]:

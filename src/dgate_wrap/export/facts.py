@@ -60,6 +60,12 @@ class Facts(Constants):
         """Mark the elements of a tensor-valued node that are neither constant nor unread."""
         return self.live[node] & self.unknown[node]
 
+    def settled(self, node: Node) -> Tensor | None:
+        """Return the value of a node of which nothing is needed but constants; 0 stands for what nobody needs."""
+        if bool(self.needed(node).any()):
+            return None
+        return self.values[node].masked_fill(self.unknown[node], 0)
+
     def needed_along(self, node: Node) -> list[Tensor]:
         """Mark the indices along each axis that hold an element which is needed, each of shape ``(size,)``."""
         if node not in self._needed:

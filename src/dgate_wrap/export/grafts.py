@@ -236,16 +236,16 @@ class Grafts:
 
         def find(x: Any) -> Any:
             """Note the constant that a result is, or return ``None`` in place of one that no code reads."""
-            told = self._told(x, nodes, set(nodes), self.symbolic.twins) if isinstance(x, Tensor) else []
-            at = next(places) if isinstance(x, Tensor) else -1
+            if not isinstance(x, Tensor):
+                return x
+            at, told = next(places), self._told(x, nodes, set(nodes), self.symbolic.twins)
             if told:
                 values[at] = self._constant(self.symbolic.twins[told[0]])
-            elif any(same_value(x, y) for y in given if at >= 0):
+                return x
+            if any(same_value(x, y) for y in given):
                 raise UnwritableError(f"{path} gives what it is given")
-            elif at >= 0:
-                self._silent.add(path)
-                return None
-            return x
+            self._silent.add(path)
+            return None
 
         gives = describe_tree(pytree.tree_map(find, call.result), [])
         part = constants_alone(values, here, there, self._names(path).values())
@@ -253,9 +253,9 @@ class Grafts:
 
     def _constant(self, node: Node) -> Tensor:
         """Return what stays of a node that is a constant, or that nobody needs."""
-        if bool(self.facts.needed(node).any()):
+        value = self.facts.settled(node)
+        if value is None:
             raise UnwritableError(f"{node.name} is no constant")
-        value = self.facts.values[node].masked_fill(self.facts.unknown[node], 0)
         for axis, kept in enumerate(self._widths.keep.get(node, ())):
             value = value.index_select(axis, kept.nonzero().flatten())
         return value

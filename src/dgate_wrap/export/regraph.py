@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -192,10 +192,8 @@ class Writing:
         twin = self.r.symbolic.twins.get(node)
         if twin is None or twin not in self.facts.varying or not isinstance(self.facts.values.get(twin), Tensor):
             return None
-        if bool(self.facts.needed(twin).any()):
-            return None
-        value = self.facts.values[twin].masked_fill(self.facts.unknown[twin], 0)  # what nobody needs may be anything
-        if not value.numel():
+        value = self.facts.settled(twin)
+        if value is None or not value.numel():
             return None
         shape = node.meta["val"].shape
         for axis, size in enumerate(shape):
@@ -232,11 +230,11 @@ class Writing:
 
     def _promoted(self, x: Node, node: Node) -> Any:
         """Return an operand as a sum with zeros gives it, which may be of another precision than it is itself."""
-        made, [zeros] = self._get(x), [n for n in node.all_input_nodes if n is not x] or [x]
         if x.meta["val"].dtype == node.meta["val"].dtype:
-            return made
+            return self._get(x)
+        [zeros] = [n for n in node.all_input_nodes if n is not x]
         zero = self.hold(torch.zeros([1] * len(node.meta["val"].shape), dtype=zeros.meta["val"].dtype))
-        return self.graph.call_function(torch.ops.aten.add.Tensor, (made, self.graph.get_attr(zero)))
+        return self.graph.call_function(torch.ops.aten.add.Tensor, (self._get(x), self.graph.get_attr(zero)))
 
     def _emit_constant(self, node: Node, value: Tensor) -> Any:
         shape, sizes = node.meta["val"].shape, list(value.shape)
@@ -256,8 +254,7 @@ class Writing:
 
     def hold(self, value: Tensor) -> str:
         """Hold a tensor as a constant, and return its name."""
-        taken = {*self.names.values(), *self.constants}  # a module that is written anew again holds some
-        name = next(n for i in itertools.count() if (n := f"_constant{i}") not in taken)
+        name = constant_name({*self.names.values(), *self.constants})  # a module that is written anew again holds some
         self.constants[name] = value.clone()
         return name
 
@@ -519,6 +516,11 @@ _OF_DOUBLE: dict[Any, str] = {
     torch.finfo(torch.float64).max: "highest",
 }
 """What the precision of the analysis shows itself by, and what it is called."""
+
+
+def constant_name(taken: Collection[str]) -> str:
+    """Return a name for a constant that nothing has."""
+    return next(n for i in itertools.count() if (n := f"_constant{i}") not in taken)
 
 
 def _repeats(mask: Tensor, size: int) -> bool:

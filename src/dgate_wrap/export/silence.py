@@ -5,7 +5,6 @@ For where no graph holds at other sizes than the example's, as that of a loop ov
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +14,8 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from .constants import held_once
-from .culprits import Call
-from .regraph import Part
+from .culprits import Call, paired_calls
+from .regraph import Part, constant_name
 from .steps import UnwritableError
 
 
@@ -40,13 +39,11 @@ class Seen:
         return [len(s) for s in self.given], len(self.numbers), [len(s) for s in self.results]
 
 
-def sizes_in(calls: Sequence[Call], there: Sequence[Call]) -> dict[str, list[Seen]]:
-    """Return the sizes in calls on other inputs, per module that is called as often as in some calls on the example."""
+def sizes_in(here: list[Call], there: list[Call]) -> dict[str, list[Seen]]:
+    """Return the sizes in calls on other inputs, per module that is called as often as in those on the example."""
     found: dict[str, list[Seen]] = {}
-    for path in {c.path for c in calls}:
-        ours, theirs = ([c for c in some if c.path == path] for some in (calls, there))
-        if len(ours) == len(theirs):
-            found[path] = [sizes_of(call, own.sized) for call, own in zip(theirs, ours, strict=True)]
+    for i, call in paired_calls(here, there):
+        found.setdefault(call.path, []).append(sizes_of(call, here[i].sized))
     return found
 
 
@@ -77,7 +74,6 @@ def constants_alone(
     graph, constants = Graph(), dict[str, Tensor]()
     tensors = [graph.placeholder(f"x{i}") for i in range(len(here.given))]
     numbers = [graph.placeholder(f"n{i}") for i in range(len(here.numbers))]
-    free = (n for i in itertools.count() if (n := f"_constant{i}") not in taken)
 
     def told(i: int, axis: int) -> Node | None:
         """Return the size of a result along an axis; ``None`` if it is always the same."""
@@ -102,7 +98,7 @@ def constants_alone(
                 raise UnwritableError("what it gives is not the same along an axis that may become longer")
             held = held if once is None else once
         shape = [n if size is None else size for n, size in zip(value.shape, sizes, strict=True)]
-        constants[name := next(free)] = held.clone()
+        constants[name := constant_name({*taken, *constants})] = held.clone()
         outputs.append(graph.call_function(torch.ops.aten.expand.default, (graph.get_attr(name), shape)))
     graph.output(tuple(outputs))
     graph.lint()

@@ -162,9 +162,9 @@ class Interpreter(Layers):
 
     @_label.register
     def _(self, family: Indexing, node: Node) -> None:
-        parts = [self._words(n) for n in (family.x, family.source) if n is not None]
         if self._looks_up(family):
             return self._label(Lookup(family.x, *family.indices), node)
+        parts = [self._words(n) for n in (family.x, family.source) if n is not None]
         values = {n: self._fixed(n) for n in family.indices}
         known = all(v is not None for v in values.values()) and not family.adds
         why = self._says(node, "positions are picked by value")
@@ -241,9 +241,11 @@ class Interpreter(Layers):
 
     def _is_centered(self, operands: list[Node]) -> bool:
         """Tell whether a value is centered by its own mean over the channels, as in a norm that is written by hand."""
-        x, mean = (self._copied(n) for n in operands) if len(operands) == 2 else (None, None)
-        family = self.families.get(mean) if mean is not None else None
-        if not isinstance(family, Mixing) or not family.averages or x is None or self._copied(family.x) is not x:
+        if len(operands) != 2:
+            return False
+        x, mean = map(self._copied, operands)
+        family = self.families.get(mean)
+        if not isinstance(family, Mixing) or not family.averages or self._copied(family.x) is not x:
             return False
         return any(self._varies(label_of(narrow(self._words(x))), a) for a in family.mixed)
 
