@@ -1998,6 +1998,34 @@ def test_a_forward_written_anew_keeps_the_class_its_methods_and_its_signature() 
     assert [*inspect.signature(small.forward).parameters] == ["x"]
 
 
+class Busy(Literal):
+    """A classifier whose methods and attributes have the names that a module with a graph may want for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recipe, self._kind, self.stands_for, self.steps = "soup", "hot", "me", 3
+
+    def _run(self, x: Tensor) -> Tensor:
+        return self(x)
+
+    def _compile(self) -> int:
+        return self.steps
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self._run(x).argmax(self._compile() - 2)
+
+
+def test_a_forward_written_anew_hides_no_name_of_the_users() -> None:
+    torch.manual_seed(0)
+    net, x = Busy().double(), torch.randn(4, 1, 8, 8, dtype=torch.double)
+    out = halved(net, "channels", x)
+    assert out.report.rewritten == [""]
+    for small in (out.model, pickle.loads(pickle.dumps(out.model)), copy.deepcopy(out.model)):
+        busy = cast(Busy, small.eval())
+        assert (busy.recipe, busy._kind, busy.stands_for) == ("soup", "hot", "me")
+        assert torch.equal(busy.predict(x), cast(Busy, net.eval()).predict(x))
+
+
 def test_dropout_that_a_forward_does_by_itself_follows_its_mode_when_written_anew() -> None:
     _, out, x = literal(p=0.5)
     small = out.model.eval()

@@ -26,7 +26,7 @@ _OUTPUTS = ("output_attentions", "output_hidden_states")
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module, for another one with the same tensors and submodules that may drop some."""
-    found = {k: v for k, v in module.__dict__.items() if k not in ("forward", "_run")}
+    found = {k: v for k, v in module.__dict__.items() if k not in ("forward", "_graft_run")}
     stores = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
     return found | {store: type(found[store])(found[store]) for store in stores}
 
@@ -35,8 +35,9 @@ class Rewritten(nn.Module):
     """A module of the user's whose forward is a graph, since its own code cannot follow the smaller tensors.
 
     It is of the class of the module that it stands for, with its other methods, and has its attributes, and those of
-    its parameters, buffers and submodules that it needs, under their names. Its forward takes the same arguments; those
-    that are no tensors must be what they were when it was exported.
+    its parameters, buffers and submodules that it needs, under their names; all that it has of its own starts with
+    ``_graft_``, not to hide any of them. Its forward takes the same arguments; those that are no tensors must be what
+    they were when it was exported.
 
     Args:
         original: The module that it stands for.
@@ -44,11 +45,11 @@ class Rewritten(nn.Module):
         constants: The constants of the recipe.
     """
 
-    stands_for: str
-    recipe: Recipe
-    _signature: list[tuple[str, int, Any]]
-    _run: Callable[..., Any]
-    _kind: type[nn.Module] = nn.Module
+    _graft_name: str
+    _graft_recipe: Recipe
+    _graft_signature: list[tuple[str, int, Any]]
+    _graft_run: Callable[..., Any]
+    _graft_kind: type[nn.Module] = nn.Module
     """The class of the module that it stands for."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -58,9 +59,9 @@ class Rewritten(nn.Module):
         nn.Module.__init__(self)  # and not that of the class it stands for
         self.__dict__.update(_attributes(original))
         again = isinstance(original, Rewritten)
-        self.__dict__["stands_for"] = original.stands_for if again else type(original).__name__
-        self.__dict__["recipe"] = recipe
-        self.__dict__["_signature"] = plain_signature(original)
+        self.__dict__["_graft_name"] = original._graft_name if again else type(original).__name__
+        self.__dict__["_graft_recipe"] = recipe
+        self.__dict__["_graft_signature"] = plain_signature(original)
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
         separated: dict[str, nn.Module] = {"": self}
@@ -68,39 +69,41 @@ class Rewritten(nn.Module):
         for name in recipe.drops:
             owner, _, leaf = name.rpartition(".")
             if owner in held:  # else a module that others share is a forward written anew, which forgot it
-                holder = self._separate(owner, separated)
+                holder = self._graft_separate(owner, separated)
                 if leaf in holder._parameters:  # as torch's layers have it, for code around it that asks
                     holder._parameters[leaf] = None
                 holder._buffers.pop(leaf, None)
-        self._forget_idle(separated)
+        self._graft_forget_idle(separated)
         require_records(recipe.gives)
-        self._compile()
+        self._graft_compile()
 
-    def _separate(self, path: str, separated: dict[str, nn.Module]) -> nn.Module:
+    def _graft_separate(self, path: str, separated: dict[str, nn.Module]) -> nn.Module:
         """Return a submodule that no other module shares, with those around it: a copy, which has the same tensors."""
         if path not in separated:
             parent, _, leaf = path.rpartition(".")
-            around = self._separate(parent, separated)
+            around = self._graft_separate(parent, separated)
             module = around.get_submodule(leaf)
             copy = separated[path] = object.__new__(type(module))
             copy.__dict__.update(_attributes(module))
             around._modules[leaf] = copy
         return separated[path]
 
-    def _forget_idle(self, separated: dict[str, nn.Module]) -> None:
+    def _graft_forget_idle(self, separated: dict[str, nn.Module]) -> None:
         """Drop submodules that have no tensors and are not called."""
-        called = [f"{target}." for _, op, target, *_ in self.recipe.steps if op == "call_module"]
-        called += [target.removesuffix("training") for _, op, target, *_ in self.recipe.steps if op == "get_attr"]
+        called = [f"{target}." for _, op, target, *_ in self._graft_recipe.steps if op == "call_module"]
+        called += [
+            target.removesuffix("training") for _, op, target, *_ in self._graft_recipe.steps if op == "get_attr"
+        ]
         modules = dict(self.named_modules())
         for path in sorted(modules, key=len, reverse=True)[:-1]:
             held = [*modules[path].parameters(), *modules[path].buffers()]
             if not held and not any(c.startswith(f"{path}.") or f"{path}.".startswith(c) for c in called):
                 parent, _, leaf = path.rpartition(".")
-                self._separate(parent, separated)._modules.pop(leaf, None)
+                self._graft_separate(parent, separated)._modules.pop(leaf, None)
 
     def extra_repr(self) -> str:
         """Show which class it stands for in ``print(model)``."""
-        return f"stands for {self.stands_for}"
+        return f"stands for {self._graft_name}"
 
     def train(self, mode: bool = True) -> Rewritten:
         """Set the mode, as the class it stands for does, unless that reaches for what is gone."""
@@ -111,60 +114,62 @@ class Rewritten(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_run"}
+        return {k: v for k, v in self.__dict__.items() if k != "_graft_run"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
-        self._compile()
+        self._graft_compile()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _revived, (self._kind,), self.__getstate__()
+        return _revived, (self._graft_kind,), self.__getstate__()
 
-    def _compile(self) -> None:
+    def _graft_compile(self) -> None:
         """Make the function that runs the graph; before the first call, which torch.compile may trace."""
-        graph = build_graph(self.recipe.steps)
+        graph = build_graph(self._graft_recipe.steps)
         code = graph.python_code("self")
         source, scope = code.src, dict[str, Any](code.globals)
         for path in {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}:
             if any(map(keyword.iskeyword, path.split("."))):  # which code cannot name: ``self.heads.class``
                 held = functools.reduce(lambda holder, name: f'getattr({holder}, "{name}")', path.split("."), "self")
                 source = re.sub(rf"{re.escape(_dotted(path))}(?![\w.])", held, source)
-        exec(compile(source, f"<{self.stands_for}, rewritten>", "exec"), scope)  # noqa: S102  # of known operations
-        self.__dict__["_run"] = scope["forward"]
+        exec(compile(source, f"<{self._graft_name}, rewritten>", "exec"), scope)  # noqa: S102  # of known operations
+        self.__dict__["_graft_run"] = scope["forward"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Take what the original takes and return what it returns."""
-        arguments = bind(self._signature, args, kwargs)
+        arguments = bind(self._graft_signature, args, kwargs)
         found: dict[int, Any] = {}
-        for name, tree in self.recipe.takes["dict"].items():
+        for name, tree in self._graft_recipe.takes["dict"].items():
             earlier = len(found)
             fits = match_tree(tree, arguments.get(name), found)
-            forms = [self._wanted(i, found[i]) for i in list(found)[earlier:]]
+            forms = [self._graft_wanted(i, found[i]) for i in list(found)[earlier:]]
             unlike = [form for form in forms if form is not None]
             if not fits or unlike:
                 form = unlike[0] if fits else _short(tree)
                 raise ExportError(
-                    f"the rewritten {self.stands_for} got {name}={_short(arguments.get(name))}.",
+                    f"the rewritten {self._graft_name} got {name}={_short(arguments.get(name))}.",
                     expected=f"{name} of the form it had when it was exported: {form}",
                     mend="export with example inputs of this form, or dg.export(..., rewrite=False) to keep its code",
                 )
-        results = self._run(self, *(found[i] for i in range(len(found))))
-        return build_tree(self.recipe.gives, results)
+        results = self._graft_run(self, *(found[i] for i in range(len(found))))
+        return build_tree(self._graft_recipe.gives, results)
 
-    def _wanted(self, i: int, value: Any) -> str | None:
+    def _graft_wanted(self, i: int, value: Any) -> str | None:
         """Say what a given tensor should be, where it is something else that the graph cannot take."""
-        if not isinstance(value, Tensor) or i >= len(self.recipe.axes):
+        if not isinstance(value, Tensor) or i >= len(self._graft_recipe.axes):
             return None
-        if value.dim() != self.recipe.axes[i]:
-            return f"{self.recipe.axes[i]} axes"
-        if i < len(self.recipe.kinds) and kind_of(value) > self.recipe.kinds[i]:  # code would make masks bool
-            return f"{_KINDS[self.recipe.kinds[i]]}, not {value.dtype}"
+        if value.dim() != self._graft_recipe.axes[i]:
+            return f"{self._graft_recipe.axes[i]} axes"
+        if (
+            i < len(self._graft_recipe.kinds) and kind_of(value) > self._graft_recipe.kinds[i]
+        ):  # code would make masks bool
+            return f"{_KINDS[self._graft_recipe.kinds[i]]}, not {value.dtype}"
         return None
 
 
 def rewritten(original: nn.Module, recipe: Recipe, constants: dict[str, Tensor]) -> Rewritten:
     """Return a module that stands for another one, of its class too; the arguments are those of `Rewritten`."""
-    kind = original._kind if isinstance(original, Rewritten) else type(original)
+    kind = original._graft_kind if isinstance(original, Rewritten) else type(original)
     return _class_beside(kind)(original, recipe, constants)
 
 
@@ -184,7 +189,12 @@ def _class_beside(kind: type[nn.Module]) -> type[Rewritten]:
         return Rewritten.forward(self, *args, **kwargs)
 
     name = f"Rewritten{kind.__name__}"
-    space: dict[str, Any] = {"_kind": kind, "forward": forward, "__module__": __name__, "__doc__": Rewritten.__doc__}
+    space: dict[str, Any] = {
+        "_graft_kind": kind,
+        "forward": forward,
+        "__module__": __name__,
+        "__doc__": Rewritten.__doc__,
+    }
     try:
         forward.__signature__ = inspect.signature(kind.forward)  # pyright: ignore[reportFunctionMemberAccess]
         return cast("type[Rewritten]", types.new_class(name, (Rewritten, kind), exec_body=lambda s: s.update(space)))
@@ -216,7 +226,7 @@ def kind_of(x: Tensor) -> int:
 def plain_signature(module: nn.Module) -> list[tuple[str, int, Any]]:
     """Return name, kind and default of every parameter of a module's forward."""
     if isinstance(module, Rewritten):
-        return module._signature
+        return module._graft_signature
     parameters = inspect.signature(module.forward).parameters.values()
     return [(p.name, int(p.kind), None if p.default is p.empty else p.default) for p in parameters]
 
