@@ -12,6 +12,7 @@ from skips import SMALL, Branched, check_skips, from_config, ids, labels_of, ran
 from torch import Tensor, nn
 
 import dgate_wrap as dg
+from dgate_wrap.gates import gated_tensors
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -215,3 +216,24 @@ def test_experts_of_transformers(name: str, config: dict[str, Any], routed: int,
             acting += not torch.equal(logits({}), logits({inner: changed}))
             assert torch.equal(logits({}), logits(zeroed)) == torch.equal(logits({}), logits({inner: changed}))
     assert acting >= routed - 2  # an expert may be chosen by no token
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_experts_keep_as_many_units_as_kernels_that_read_several_at_a_time_ask_for(dtype: torch.dtype) -> None:
+    config = MOE | QWEN | {"moe_intermediate_size": 32, "num_hidden_layers": 1, "shared_expert_intermediate_size": 16}
+    model, kwargs = from_config("Qwen2MoeForCausalLM", config)
+    dg.gate(model.to(dtype), "hidden", example_inputs=kwargs)
+    with torch.no_grad():
+        for tensor in gated_tensors(model):
+            tensor.gates.gamma[1::3] = 0
+    out = dg.export(model, kwargs, latency=False)
+    unit, sizes = 16 // dtype.itemsize, {n.rpartition("experts.")[2]: p.shape for n, p in out.model.named_parameters()}
+    live = 32 - 11
+    width = -(-live // unit) * unit
+    assert sizes["down_proj"][2] == width
+    assert sizes["gate_up_proj"][1] == 2 * width
+    shared = dict(out.model.named_parameters())["model.layers.0.mlp.shared_expert.down_proj.weight"]
+    assert shared.shape[1] == 16 - 5
+    assert any(f"multiples of {unit}" in kept.reason for kept in out.report.kept)
+    out.model.train()(**kwargs).logits.float().square().mean().backward()
+    assert all(p.grad is not None for p in out.model.parameters())

@@ -290,6 +290,7 @@ class _Search:
             p.can_regroup,
             p.can_rescale,
             self._can_select,
+            unit=_unit(self.dense),
             rewrite=rewrite,
             frozen=frozen,
         )
@@ -556,6 +557,12 @@ class _Search:
                 break
             draft = better
         return draft, culprit
+
+
+def _unit(model: nn.Module) -> int:
+    """Return how many elements 16 bytes hold, as kernels read them; none of them takes doubles."""
+    sizes = (p.element_size() for p in model.parameters() if p.is_floating_point())
+    return max((16 // n for n in sizes if n < 8), default=1)
 
 
 def _cannot_train(path: str) -> ExportError:

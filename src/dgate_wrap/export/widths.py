@@ -25,6 +25,12 @@ from .masks import any_of, is_any, on_axis, project
 from .terms import Terms
 from .vectors import NEEDED, Allowed, Vectors, makes
 
+_HALVES = 8
+"""Of so many elements kernels ask that sizes are multiples, if these are halves: 16 bytes."""
+
+_LARGE = 256
+"""An axis so long that it costs little to keep its size a multiple of that."""
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -67,7 +73,7 @@ class Widths(Vectors):
         """Modules in which something would have been left empty."""
         self._start()
         self._settle()
-        while self._fill_empty():
+        while self._fill_empty() or self._align():
             self._settle()
 
     @property
@@ -193,6 +199,28 @@ class Widths(Vectors):
                     one[self._most_kept(len(one), within)] = True
                     self.grow(key, axis, one, reason)
         return bool(empty)
+
+    def _align(self) -> bool:
+        """Keep sizes multiples of as many elements as kernels read at a time, where they were.
+
+        Those of large axes also stay multiples of what halves need, for networks that are made half later.
+        """
+        products = [(n, f) for n, f in self.facts.families.items() if isinstance(f, Product) and f.aligned]
+        for summed in (True, False):  # what is made may be several parts side by side, which are read apart
+            short = False
+            for node, family in products:
+                for letter in (c for c in family.aligned if (c not in family.out_axes) is summed):
+                    x, axis = next((x, axes.index(letter)) for x, axes in family.operands if letter in axes)
+                    kept = self.keep[x][axis]
+                    unit = math.gcd(len(kept), _HALVES if len(kept) >= _LARGE else self.allowed.unit)
+                    if lacking := -int(kept.sum()) % unit:
+                        more = torch.zeros_like(kept)
+                        more[(~kept).nonzero().flatten()[:lacking]] = True
+                        self.grow(x, axis, more, self.says(node, f"sizes stay multiples of {unit} here"))
+                        short = True
+            if short:
+                return True
+        return False
 
     def _most_kept(self, size: int, within: str | None) -> int:
         """Return the index that stays on most axes of a size in a module, which costs least: a head that lives, say."""

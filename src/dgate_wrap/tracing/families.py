@@ -114,7 +114,7 @@ class Product(Barrier):
     """A sum of products of two operands, as an einsum: matmul and bmm of activations, or with a batched weight.
 
     Every axis has a letter. A letter that is missing from ``out_axes`` is summed over; an operand may have size 1 along
-    a letter, and then it is broadcast.
+    a letter, and then it is broadcast. Along the letters in ``aligned``, its kernel reads several elements at a time.
     """
 
     a: Node
@@ -122,6 +122,7 @@ class Product(Barrier):
     a_axes: str
     b_axes: str
     out_axes: str
+    aligned: str = ""
 
     @property
     def operands(self) -> tuple[tuple[Node, str], tuple[Node, str]]:

@@ -61,7 +61,7 @@ def _grouped_mm(node: Node, varying: frozenset[Node]) -> Family | None:
     x, weight = cast("tuple[Node, Node]", node.args[:2])
     if weight in varying or (len(shape_of(x)), len(shape_of(weight))) != (2, 3):
         return None
-    return Product(tensor_inputs(node), x, weight, "mk", "ekn", "mn")
+    return Product(tensor_inputs(node), x, weight, "mk", "ekn", "mn", aligned="kn")
 
 
 def _einsum(node: Node, varying: frozenset[Node]) -> Family | None:
