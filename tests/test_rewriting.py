@@ -372,10 +372,12 @@ class Turning(Attention):
         return super().forward(x.roll(1, 1) if x.shape[1] > 8 else x, causal=causal)
 
 
-def test_code_that_does_other_things_at_other_sizes_is_written_anew_for_the_sizes_of_the_example_if_asked() -> None:
-    _, exported = without_a_head(Turning)
-    assert exported.report.removed == 0
-    assert all('see dynamic="batch"' in k.reason for k in exported.report.kept)
+def test_code_that_does_other_things_at_other_sizes_is_written_anew_for_those_of_the_example_only_if_asked() -> None:
+    model, exported = without_a_head(Turning)
+    assert exported.report.rewritten == []
+    assert exported.report.frozen == ["attention"]
+    assert exported.report.removed == 1  # by layers that compute less than the code around them takes
+    assert_equal(model, exported.model)
     model, exported = without_a_head(Turning, dynamic="batch")
     assert exported.report.removed == 1
     assert exported.report.rewritten == ["attention"]
@@ -402,11 +404,11 @@ def test_code_that_remembers_its_sizes_gets_other_integers() -> None:
     assert_equal(model, exported.model)
 
 
-def test_without_rewriting_what_the_code_cannot_follow_stays_and_is_named() -> None:
+def test_without_rewriting_what_the_code_cannot_follow_keeps_its_sizes_and_is_named() -> None:
     model, exported = without_a_head(Attention, rewrite=False)
     assert type(exported.model.attention) is Attention
     assert exported.report.frozen == ["attention"]
-    assert exported.report.kept
+    assert exported.report.kept == []  # its layers compute less than its code takes
     assert_equal(model, exported.model)
 
 
@@ -1469,7 +1471,7 @@ def test_sizes_that_a_module_is_told_stay_open(tmp_path: Path) -> None:
     assert torch.allclose(torch.compile(exported.model, fullgraph=True, backend="eager")(x), exported.model(x))
 
 
-def test_code_that_asks_for_whole_inputs_gets_them() -> None:
+def test_code_that_asks_for_whole_inputs_gets_them_and_reads_what_lives() -> None:
     class Checks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -1487,8 +1489,9 @@ def test_code_that_asks_for_whole_inputs_gets_them() -> None:
         all_gates(model)[0].gamma[1:3] = 0
     assert dg.export(model, x, latency=False).model.first.in_features == 2
     exported = dg.export(model, x, latency=False, rewrite=False)
-    assert exported.model.first.in_features == 4
-    assert {k.reason for k in exported.report.kept} == {"it is an input of the model"}
+    assert exported.plan.inputs == {}
+    assert exported.plan.picks["first"].read == [0, 3]
+    assert torch.allclose(exported.model(x), model(x), atol=1e-6)
 
 
 class Cached(Attention):
@@ -1675,8 +1678,8 @@ def test_a_trace_with_open_sizes_that_takes_too_long_is_done_without(monkeypatch
     monkeypatch.setattr(sys.modules[export_open.__module__], "PATIENCE", (0.0, 0.0))
     exported = dg.export(model, x, latency=False)
     assert exported.report.rewritten == []
-    [reason] = {k.reason.split(" (")[0] for k in exported.report.kept}
-    assert reason == "the sizes of this step are written in the code"
+    assert exported.report.frozen
+    assert exported.plan.picks
     torch.testing.assert_close(exported.model(x), model(x))
 
 
@@ -2576,14 +2579,16 @@ class BackToShape(nn.Module):
         return self.narrow(self.wide(x).view(-1, 24).relu()).view(x.shape)
 
 
-def test_what_code_takes_the_shape_of_stays_where_nothing_can_be_written_anew() -> None:
+def test_what_code_takes_the_shape_of_keeps_its_size_where_nothing_can_be_written_anew() -> None:
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(5, 12), BackToShape(), nn.Linear(12, 8), nn.Linear(8, 2)), torch.randn(4, 5)
     dg.gate(net, "hidden", example_inputs=x)
     kill_every_second(net)
-    report = dg.export(net, x, latency=False, rewrite=False).report
-    assert report.frozen == ["1"]
-    assert report.removed == 4
+    out = dg.export(net, x, latency=False, rewrite=False)
+    assert out.report.frozen == ["1"]
+    assert {*out.plan.scatters} == {"0", "1.wide", "1.narrow"}
+    assert out.report.removed == 28
+    torch.testing.assert_close(out.model(x), net(x))
 
 
 class Backcasts(nn.Module):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import randomize
+from oracles import kill_every_second
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -140,3 +141,97 @@ def test_all_calls_of_a_layer_scatter_alike() -> None:
     exported = dg.export(dg.gate(model, "neurons", include="down.*").eval(), x, latency=False)
     assert exported.model.down.weight.shape[0] == 4
     assert torch.allclose(exported.model(x), model(x), atol=1e-5)
+
+
+class Heads(nn.Module):
+    """Attention with its sizes in its code, which may be given a cache, and whose layers may be called by keyword."""
+
+    def __init__(self, keyword: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+        self.keyword = keyword
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        batch, length, _ = x.shape
+        q, k, v = (layer(x).view(batch, length, 4, 8).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        y = (q @ k.transpose(2, 3) / 8**0.5).softmax(-1) @ v
+        y = y.transpose(1, 2).reshape(batch, length, 32)
+        return self.out(input=y) if self.keyword else self.out(y), (k, v)
+
+
+class Reader(nn.Module):
+    def __init__(self, keyword: bool = False) -> None:
+        super().__init__()
+        self.attention, self.head = Heads(keyword), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x)[0])
+
+
+def reader_with_dead_heads(keyword: bool = False) -> tuple[Reader, dg.Exported, Tensor]:
+    model, x = Reader(keyword), draw(2, 5, 32)
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model, "heads", example_inputs=x)
+    kill_every_second(model)
+    return model, dg.export(model.eval(), x, rewrite=False, latency=False), x
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_layers_within_code_that_keeps_its_sizes_compute_and_read_only_what_lives(
+    keyword: bool, tmp_path: Path
+) -> None:
+    model, exported, x = reader_with_dead_heads(keyword)
+    small = exported.model
+    assert type(small.attention) is Heads
+    assert exported.report.frozen == ["attention"]
+    assert exported.report.kept == []
+    shapes = {n: tuple(p.shape) for n, p in small.attention.named_parameters() if n.endswith("weight")}
+    assert shapes == {"q.weight": (16, 32), "k.weight": (16, 32), "v.weight": (16, 32), "out.weight": (32, 16)}
+    expected = small(x)
+    assert torch.allclose(expected, model(x), atol=1e-5)
+    for copied in (
+        copy.deepcopy(small),
+        pickle.loads(pickle.dumps(small)),
+        dg.load(dg.save(exported, tmp_path), Reader(keyword)).eval(),
+        torch.compile(small, backend="aot_eager", fullgraph=True),
+        torch.export.export(small, (x,)).module(),
+    ):
+        assert torch.equal(copied(x), expected)
+    whole = dg.expand(exported, Reader(keyword), x)
+    assert whole.attention.out.weight.shape == (32, 32)
+    assert torch.allclose(whole(x), expected, atol=1e-5)
+    small.train()(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in small.parameters())
+
+
+def test_such_code_still_takes_its_cache() -> None:
+    model, exported, x = reader_with_dead_heads()
+    with torch.no_grad():
+        for net in (model, exported.model):
+            first, past = net.attention(x[:, :3])
+            rest = net.attention(x[:, 3:], past)[0]
+            net.given = torch.cat([first, rest], 1)
+    assert torch.allclose(exported.model.given, model.given, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning")
+def test_layers_that_scatter_and_pick_are_quantized_and_exported_again() -> None:
+    model, exported, x = reader_with_dead_heads()
+    kinds = {nn.Linear}
+    small = torch.ao.quantization.quantize_dynamic(copy.deepcopy(exported.model), kinds, torch.qint8)
+    dense = torch.ao.quantization.quantize_dynamic(dg.ungate(copy.deepcopy(model)), kinds, torch.qint8)
+    allowed = (dense(x) - model(x)).abs().max()
+    assert (small(x) - model(x)).abs().max() < 2 * allowed
+    again = dg.gate(exported.model, "neurons", include="head.*")
+    assert torch.allclose(dg.export(again, x, latency=False).model(x), model(x), atol=1e-5)
+
+
+def test_what_can_be_written_anew_is_cut_and_neither_scatters_nor_picks() -> None:
+    model, x = Reader(), draw(2, 5, 32)
+    dg.gate(model, "heads", example_inputs=x)
+    kill_every_second(model)
+    small = dg.export(model.eval(), x, latency=False).model
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())

@@ -423,6 +423,8 @@ def _report(
     single = widths.reason("a single number has no axis along which to cut")
     hint = '; its new forward would hold at the example\'s sizes only: see dynamic="batch"' if found.by_batch else ""
     texts = [f"{text}{hint}" if i in widths.written else text for i, text in enumerate(widths.reasons)]
+    cached = "; it goes with use_cache=False: its new forward would take no cache"
+    own = {n: p.shape for n, p in small.named_parameters()} if found.uncached else {}
     for gates, members in labels:
         stays = torch.zeros_like(dead[id(gates)])
         for name, index in members:
@@ -435,7 +437,8 @@ def _report(
             if index.numel() == 1:  # one group is the whole tensor
                 why.fill_(max((int(v.max()) for v in vectors), default=single))
             mask = _stays(plan.cuts.get(name), index)
-            part, reasons = find_kept(name, index, mask, dead[id(gates)], why, texts, start)
+            said = texts if found.uncached.get(name) == own.get(name) else [f"{text}{cached}" for text in texts]
+            part, reasons = find_kept(name, index, mask, dead[id(gates)], why, said, start)
             stays |= part
             kept += reasons
         removed += int((dead[id(gates)] & ~stays).sum())

@@ -508,13 +508,7 @@ def _(family: Contraction, node: Node, w: Vectors) -> None:
             if axis != family.x_axis:
                 w.link(x, axis, node, axis)
     if node in w.allowed.scattered:
-        rows = w.keep[node][family.out_axis] & some_weight(w.facts, node)
-        w.grow(weight, family.w_out, rows, w.why[node][family.out_axis])
-        w.grow(node, family.out_axis, w.keep[weight][family.w_out], NEEDED)
-        for other in (n for n in weight.users if n is not node and n in w.allowed.scattered):  # by the same hook
-            w.link(node, family.out_axis, other, cast(Contraction, w.facts.families[other]).out_axis)
-        if bias is not None:
-            w.link(bias, 0, weight, family.w_out)
+        _scatter(w, family, node)
     elif bias is not None:
         w.link(bias, 0, node, family.out_axis)
     if x not in w.facts.varying:
@@ -526,9 +520,35 @@ def _(family: Contraction, node: Node, w: Vectors) -> None:
     if family.groups == 1:
         if node not in w.allowed.scattered:
             w.link(weight, family.w_out, node, family.out_axis)
-        w.link(weight, family.w_in, x, family.x_axis)
+        if node in w.allowed.picking:
+            _pick(w, family, node)
+        else:
+            w.link(weight, family.w_in, x, family.x_axis)
     else:
         _demand_groups(w, family, node)
+
+
+def _scatter(w: Vectors, family: Contraction, node: Node) -> None:
+    """Compute the outputs that are not dead, of those that stay."""
+    weight = family.weight
+    rows = w.keep[node][family.out_axis] & computed_rows(w.facts, node, idle=w.allowed.leaves_idle)
+    w.grow(weight, family.w_out, rows, w.why[node][family.out_axis])
+    w.grow(node, family.out_axis, w.keep[weight][family.w_out], NEEDED)
+    for other in (n for n in weight.users if n is not node and n in w.allowed.scattered):  # by the same hook
+        w.link(node, family.out_axis, other, cast(Contraction, w.facts.families[other]).out_axis)
+    if family.bias is not None:
+        w.link(family.bias, 0, weight, family.w_out)
+
+
+def _pick(w: Vectors, family: Contraction, node: Node) -> None:
+    """Read the inputs that are not zero, of those that stay."""
+    x, weight = family.x, family.weight
+    columns = w.keep[x][family.x_axis] & read_columns(w.facts, node)
+    w.grow(weight, family.w_in, columns, w.why[x][family.x_axis])
+    w.grow(x, family.x_axis, w.keep[weight][family.w_in], NEEDED)
+    for other in (n for n in weight.users if n is not node and n in w.allowed.picking):  # by the same hook
+        reads = cast(Contraction, w.facts.families[other])
+        w.link(x, family.x_axis, reads.x, reads.x_axis)
 
 
 def _demand_groups(w: Vectors, family: Contraction, node: Node) -> None:
@@ -565,7 +585,16 @@ def uniform(node: Node) -> bool:
     return name in ("zeros", "ones", "full", "scalar_tensor")
 
 
-def some_weight(facts: Facts, node: Node) -> Tensor:
-    """Mark the outputs of a contraction to which some weight leads."""
+def computed_rows(facts: Facts, node: Node, *, idle: bool) -> Tensor:
+    """Mark the outputs of a contraction to which some weight leads; with ``idle``, none that nothing depends on."""
     family = cast(Contraction, facts.families[node])
-    return project(facts.values[family.weight] != 0, family.w_out)
+    rows = project(facts.values[family.weight] != 0, family.w_out)
+    return rows & facts.reached(node, family.out_axis) if idle else rows
+
+
+def read_columns(facts: Facts, node: Node) -> Tensor:
+    """Mark the inputs of a contraction that are not zero and from which some weight leads."""
+    family = cast(Contraction, facts.families[node])
+    low, high = facts.extremes(family.x, family.x_axis)
+    some = project(facts.unknown[family.x], family.x_axis) | (low != 0) | (high != 0)
+    return some & project(facts.values[family.weight] != 0, family.w_in)

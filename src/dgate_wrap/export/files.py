@@ -25,7 +25,7 @@ from .copies import flatten_
 from .cuts import Cut, Gather
 from .plan import Plan
 from .recipes import Recipe, build_graph
-from .scatter import Scatter, filled_name
+from .scatter import Picked, Scatter, filled_name
 from .selection import buffers
 
 FORMAT_VERSION = 1
@@ -58,6 +58,7 @@ def save(exported: Exported, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     added = buffers(exported.plan.inputs) | {f"{p}._kept" if p else "_kept" for p in exported.plan.scatters}
+    added |= {f"{p}._read" if p else "_read" for p in exported.plan.picks}
     state = {n: t for n, t in _state(exported.model).items() if n not in added}
     weights = {n: t.detach().cpu().contiguous().clone() for n, t in state.items()}
     pairs = [n for n, t in weights.items() if t.dtype == torch.complex128]  # which safetensors cannot hold
@@ -73,6 +74,7 @@ def save(exported: Exported, folder: str | os.PathLike[str]) -> Path:
         "inputs": exported.plan.inputs,
         "select_inputs": exported.plan.select_inputs,
         "scatters": {p: asdict(s) for p, s in exported.plan.scatters.items()},
+        "picks": {p: asdict(s) for p, s in exported.plan.picks.items()},
         "recipes": {p: asdict(r) for p, r in exported.plan.recipes.items()},
         "pairs": pairs,
         "certificate": asdict(exported.report.certificate),
@@ -117,6 +119,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         {n: {int(a): list(kept) for a, kept in axes.items()} for n, axes in plan.get("inputs", {}).items()},
         bool(plan.get("select_inputs", True)),
         {p: Scatter(**s) for p, s in plan.get("scatters", {}).items()},
+        {p: Picked(**s) for p, s in plan.get("picks", {}).items()},
     )
     for recipe in parsed.recipes.values():
         build_graph(recipe.steps)

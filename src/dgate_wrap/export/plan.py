@@ -21,7 +21,7 @@ from .cuts import Cut, by_group, cut_axes, indices
 from .demands import norms
 from .recipes import Recipe
 from .rewritten import Rewritten, rewritten
-from .scatter import Scatter, filled_name, find_scatters
+from .scatter import Picked, Scatter, filled_name, find_picks, find_scatters
 from .selection import SelectInputs
 from .vectors import Columns
 from .widths import Fold, Widths
@@ -39,6 +39,7 @@ class Plan:
         inputs: Per argument of the forward that loses some: per axis, counted from the last one (-1), its kept indices.
         select_inputs: Whether the model still takes whole arguments and selects those indices itself.
         scatters: Per layer that computes only some of its outputs, where they belong.
+        picks: Per layer that reads only some of its inputs, which.
         rescaled: Per weight of a normalization that counts fewer features: which share of them stays. The weight was
             divided by its root.
     """
@@ -50,6 +51,7 @@ class Plan:
     inputs: dict[str, dict[int, list[int]]] = field(default_factory=dict[str, dict[int, list[int]]])
     select_inputs: bool = True
     scatters: dict[str, Scatter] = field(default_factory=dict[str, Scatter])
+    picks: dict[str, Picked] = field(default_factory=dict[str, Picked])
     rescaled: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
@@ -90,10 +92,12 @@ class Plan:
             module.__dict__["forward"] = graft.forward  # where code reaches it by a list of its own, say
             model = model if path else graft
         _leave_fused(model)
-        for path, scatter in self.scatters.items():
-            layer = dict(model.named_modules()).get(path)
-            if layer is not None and getattr(layer, "weight", None) is not None:
-                scatter.attach(layer, tensors.get(filled_name(path)))
+        modules = dict(model.named_modules())
+        layers = {p: m for p, m in modules.items() if getattr(m, "weight", None) is not None}
+        for path in self.scatters.keys() & layers.keys():
+            self.scatters[path].attach(layers[path], tensors.get(filled_name(path)))
+        for path in self.picks.keys() & layers.keys():
+            self.picks[path].attach(layers[path])
         if self.inputs and self.select_inputs:
             SelectInputs(self.inputs).attach(model)
         return model
@@ -385,6 +389,7 @@ def make_plan(
         inputs=inputs,
         select_inputs=select_inputs,
         scatters=scatters,
+        picks=find_picks(widths, permissions.scattering),
         rescaled=rescaled,
     )
     return plan, tensors

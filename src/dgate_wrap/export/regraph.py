@@ -27,7 +27,7 @@ from ..tracing.symbolic import Symbolic, is_open
 from .children import Child, Given
 from .constants import held_once
 from .plan import Permissions, folded_constant
-from .scatter import places_of
+from .scatter import places_of, read_of
 from .sizes import Sizes
 from .steps import RULES, UnwritableError, share_of, take
 from .widths import Fold, Widths
@@ -347,6 +347,10 @@ class Writing:
         made = self._get(n)
         twins = self.r.symbolic.twins
         family = self.facts.families.get(twins[node]) if n in twins and node in twins else None
+        if isinstance(family, Contraction) and twins[n] is family.x and twins[node] in self.r.widths.allowed.picking:
+            read = read_of(self.r.widths, twins[node])
+            places = self.graph.get_attr(self.hold(read.nonzero().flatten()))
+            return self.graph.call_function(torch.ops.aten.index_select.default, (made, family.x_axis, places))
         if isinstance(family, Product):
             for axis, other, other_axis in family.summed(twins[n]):
                 kept, takes = (self.r.widths.keep[t][a] for t, a in ((twins[n], axis), (other, other_axis)))

@@ -67,7 +67,7 @@ class Report:
         kept: Dead groups that stayed, with the reason.
         folded: Layers whose bias, or whose weights, took up the constants of removed channels.
         certificate: What was compared, and the largest differences.
-        frozen: Modules in whose code sizes are written that had to stay whole.
+        frozen: Modules in whose code sizes are written that had to stay whole; layers in them compute and read less.
         rewritten: Modules whose forward was written anew as a graph.
         gone: Modules that are gone with all their parameters: dead branches.
         inputs: Per input of which only some features are needed: per axis, their indices.
@@ -118,7 +118,7 @@ class Report:
                 f"computes something else than the gated model, or fails, with {', '.join(self.certificate.others)}"
             )
         if self.frozen:
-            lines.append(f"kept whole for the code of {', '.join(p or 'the model' for p in self.frozen)} to run")
+            lines.append(f"sizes are kept for the code of {', '.join(p or 'the model' for p in self.frozen)} to run")
         if self.rewritten:
             lines.append(
                 f"forwards written anew as graphs: {', '.join(p or 'the whole model' for p in self.rewritten)}"

@@ -1,12 +1,15 @@
-"""Partial sums: a layer computes only those of its outputs that are not dead, and scatters them to where they belong.
+"""Layers that compute only those of their outputs that are not dead, and read only those of their inputs.
 
 A channel that is dead in one branch of a residual sum stays in the sum, as the others need it. The layer that ends the
-branch need not compute it: ``y = 0; y[kept] = W[kept] x``.
+branch need not compute it: ``y = 0; y[kept] = W[kept] x``. Between layers whose code has sizes written in it, as an
+attention that splits its heads, dead channels stay too. The layer behind need not read them:
+``y = W[:, read] x[read]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..tracing.families import Contraction
-from .demands import some_weight
+from .demands import computed_rows, read_columns
 from .widths import Widths
 
 _WORTH = 96
@@ -50,44 +53,128 @@ class Scatter:
         """Make a layer give all channels."""
         weight = cast(Tensor, layer.weight)
         layer.register_buffer("_kept", torch.tensor(self.kept, device=weight.device), persistent=False)
+        hook = copy.copy(self)
         if self.filled:
             layer.register_buffer("_filled", cast(Tensor, constants).to(weight), persistent=False)
-        layer.register_forward_hook(self)
+            hook.__dict__["constants"] = layer._filled
+        layer.register_forward_hook(hook)
 
     def __call__(self, layer: Any, args: Any, out: Tensor) -> Tensor:
         """Return all channels."""
         shape = list(out.shape)
         shape[self.axis] = len(self.stays)
         if self.filled:
-            full = layer._filled.to(out.dtype).view(-1, *[1] * (-1 - self.axis)).expand(shape)
+            filled = _held(layer, "_filled", self.__dict__["constants"]).to(out)
+            full = filled.view(-1, *[1] * (-1 - self.axis)).expand(shape)
         else:
             full = out.new_zeros(shape)
-        return full.index_copy(self.axis, layer._kept, out)
+        return full.index_copy(self.axis, _held(layer, "_kept", self.kept).to(out.device), out)
 
 
-def partial_rows(widths: Widths, layers: Mapping[Node, str]) -> frozenset[Node]:
+def _held(layer: nn.Module, name: str, otherwise: Tensor | list[int]) -> Tensor:
+    """Return a buffer of a layer; of one that took over its hooks alone, as a quantized one does, what it held."""
+    held = layer._buffers.get(name)
+    return held if held is not None else torch.as_tensor(otherwise)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """A forward pre-hook that hands a layer some channels of its input.
+
+    Args:
+        axis: The channels' axis, from the end.
+        read: Which of them it reads.
+    """
+
+    axis: int
+    read: list[int]
+
+    def attach(self, layer: nn.Module) -> None:
+        """Make a layer take all channels."""
+        device = cast(Tensor, layer.weight).device
+        layer.register_buffer("_read", torch.tensor(self.read, device=device), persistent=False)
+        layer.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> tuple[Any, ...]:
+        """Return the arguments with the channels that the layer reads."""
+        if args:
+            args = (self._of(layer, args[0]), *args[1:])
+        elif kwargs:
+            kwargs = kwargs | {"input": self._of(layer, kwargs["input"])}
+        return args if kwargs is None else (args, kwargs)
+
+    def _of(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return x.index_select(self.axis, _held(layer, "_read", self.read).to(x.device))
+
+
+def partial_columns(widths: Widths, layers: Mapping[Node, str], chosen: Collection[str]) -> frozenset[Node]:
+    """Return the contractions that need not read all inputs that stay; the arguments are those of `partial_rows`."""
+    dead: dict[str, Tensor] = {}
+    calls: dict[str, list[Node]] = {}
+    for node, path in layers.items():
+        family = cast(Contraction, widths.facts.families[node])
+        kept = widths.keep[family.x][family.x_axis]
+        zero = kept & ~read_columns(widths.facts, node)
+        calls.setdefault(path, []).append(node)
+        varies = family.x in widths.facts.varying
+        dead[path] = dead.get(path, torch.ones_like(kept)) & zero if varies else torch.zeros_like(kept)
+    return frozenset(n for p, nodes in calls.items() if _pays(widths, nodes[0], dead[p], p in chosen) for n in nodes)
+
+
+def _pays(widths: Widths, node: Node, dead: Tensor, chosen: bool) -> bool:
+    """Tell whether a layer should pick its inputs: a chosen one if it can, others if that spares time."""
+    family = cast(Contraction, widths.facts.families[node])
+    left = int((widths.keep[family.x][family.x_axis] & ~dead).sum())
+    weight = widths.keep[family.weight]
+    outputs = torch.Size(int(k.sum()) for a, k in enumerate(weight) if a != family.w_in).numel()
+    return left > 0 and bool(dead.any()) and (chosen or int(dead.sum()) * outputs > _WORTH * left)
+
+
+def find_picks(widths: Widths, layers: Mapping[Node, str]) -> dict[str, Picked]:
+    """Return, per layer that reads some of its inputs only, which."""
+    picks: dict[str, Picked] = {}
+    for node in widths.allowed.picking:
+        family = cast(Contraction, widths.facts.families[node])
+        read = read_of(widths, node)
+        if not read.all():
+            axis = family.x_axis - len(widths.keep[family.x])
+            picks[layers[node]] = Picked(axis, read.nonzero().flatten().tolist())
+    return picks
+
+
+def read_of(widths: Widths, node: Node) -> Tensor:
+    """Return which inputs a contraction reads, of those that stay."""
+    family = cast(Contraction, widths.facts.families[node])
+    return widths.keep[family.weight][family.w_in][widths.keep[family.x][family.x_axis]]
+
+
+def partial_rows(
+    widths: Widths, layers: Mapping[Node, str], chosen: Collection[str] = (), *, idle: bool = False
+) -> frozenset[Node]:
     """Return the contractions some of whose outputs need not be computed, where this makes the network faster.
 
     Args:
         widths: What is kept if each of them computes all outputs that stay.
         layers: The stock layer behind each contraction that may scatter its outputs.
+        chosen: Layers that do so whether this is faster or not.
+        idle: Whether outputs on which nothing depends need not be computed either.
     """
     dead: dict[str, Tensor] = {}
     calls: dict[str, list[Node]] = {}
     for node, path in layers.items():
         kept = widths.keep[node][cast(Contraction, widths.facts.families[node]).out_axis]
         calls.setdefault(path, []).append(node)
-        dead[path] = dead.get(path, torch.ones_like(kept)) & kept & ~some_weight(widths.facts, node)
-    return frozenset(n for p, nodes in calls.items() if _worth(widths, nodes[0], dead[p]) for n in nodes)
+        dead[path] = dead.get(path, torch.ones_like(kept)) & kept & ~computed_rows(widths.facts, node, idle=idle)
+    return frozenset(n for p, nodes in calls.items() if _worth(widths, nodes[0], dead[p], p in chosen) for n in nodes)
 
 
-def _worth(widths: Widths, node: Node, dead: Tensor) -> bool:
-    """Tell whether the multiplications that are spared take more time than the scattering."""
+def _worth(widths: Widths, node: Node, dead: Tensor, chosen: bool) -> bool:
+    """Tell whether a layer should scatter its outputs: a chosen one if it can, others if that spares time."""
     family = cast(Contraction, widths.facts.families[node])
     kept = int(widths.keep[node][family.out_axis].sum())
     weight = widths.keep[family.weight]
     inputs = torch.Size(int(k.sum()) for a, k in enumerate(weight) if a != family.w_out).numel()
-    return 0 < int(dead.sum()) < kept and int(dead.sum()) * inputs > _WORTH * kept
+    return 0 < int(dead.sum()) < kept and (chosen or int(dead.sum()) * inputs > _WORTH * kept)
 
 
 def find_scatters(widths: Widths, layers: Mapping[Node, str]) -> tuple[dict[str, Scatter], dict[str, Tensor]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -38,7 +38,7 @@ from .grafts import Grafts, Parts
 from .integers import Integers, Patch
 from .padding import find_patch, padded
 from .plan import Draft, Permissions, Plan, make_plan
-from .scatter import partial_rows
+from .scatter import partial_columns, partial_rows
 from .selection import is_selectable, reduced
 from .silence import Seen, sizes_in
 from .subject import Subject
@@ -73,6 +73,8 @@ class Found:
     frozen: Frozen
     by_batch: bool = False
     """Whether a smaller one was equal at the example's sizes, and not at others."""
+    uncached: Mapping[str, torch.Size] = field(default_factory=dict[str, torch.Size])
+    """The shapes of the parameters of a smaller one that was equal, and of no use with a cache."""
 
     @property
     def size(self) -> int:
@@ -125,6 +127,7 @@ def _smallest(search: _Search, *, rewrite: bool) -> Found:
     if own is not None and not dead and not (held and search.could_gain(own)):
         return own
     lossy: Found | None = None
+    uncached = dict[str, torch.Size]()
     while rewrite and (search.open() or search.open_parts()):
         try:
             rewritten = search.repaired(rewrite=True)
@@ -136,15 +139,17 @@ def _smallest(search: _Search, *, rewrite: bool) -> Found:
                 continue
             break
         if search.keeps_uses(rewritten, masks=own is not None and not held):
-            return rewritten
+            return search.sparser(replace(rewritten, uncached=uncached))
         lossy = lossy or rewritten
+        if search.loses_cache(rewritten):
+            uncached = {n: p.shape for n, p in rewritten.small.named_parameters()}
         if not search.spare_caches():
             break
     own = own or lossy
     if own is None:
         assert failure is not None
         raise search.named(failure) from failure
-    return replace(own, by_batch=search.by_batch)
+    return search.sparser(replace(own, by_batch=search.by_batch, uncached={} if own is lossy else uncached))
 
 
 def differing(subject: Subject, exact: nn.Module, widths: Widths, plan: Plan, mismatch: Mismatch) -> str | None:
@@ -188,6 +193,36 @@ class _Search:
     def keeps_uses(self, found: Found, *, masks: bool) -> bool:
         """Tell whether a network does with its cache, and with ``masks`` when given one, what the dense one does."""
         return not {*self._lost_uses(found)} - (set() if masks else {MASK})
+
+    def sparser(self, found: Found) -> Found:
+        """Let layers compute and read less than the sizes around them, where code keeps these or it spares time."""
+        if self.subject is not found.subject:
+            self._set(found.subject)
+        frozen, allowed, layers = found.frozen, found.widths.allowed, self.permissions.scattering
+        now = {n: p.shape for n, p in found.small.named_parameters()}
+        tied = {n for n, shape in found.uncached.items() if now.get(n) != shape}
+        chosen = {p for p in layers.values() if (f"{p}.weight" if p else "weight") in tied}
+        chosen |= {layers[n] for n in frozen.idle & layers.keys()}
+        for code in frozen.fills | frozen.made | frozen.reshapes | frozen.modules:
+            chosen |= {p for p in layers.values() if not code or f"{p}.".startswith(f"{code}.")}
+        rows = partial_rows(found.widths, layers, chosen, idle=True)
+        columns = partial_columns(found.widths, layers, chosen)
+        if rows == allowed.scattered and not columns:
+            return found
+        widths = Widths(self.subject.facts, replace(allowed, scattered=rows, leaves_idle=True, picking=columns))
+        draft = Draft(*make_plan(widths, self.permissions, select_inputs=self._select_inputs))
+        try:
+            better = self._first_proven(draft, widths, frozen, rewrite=allowed.rewrite)
+        except ExportError:
+            return found
+        if not isinstance(better, Found) or better.size >= found.size:
+            return found
+        lost = {*self._lost_uses(better)} - {*self._lost_uses(found)}
+        return found if lost else replace(better, by_batch=found.by_batch, uncached=found.uncached)
+
+    def loses_cache(self, found: Found) -> bool:
+        """Tell whether a network cannot be used with a cache as the dense one can."""
+        return bool({*self._lost_uses(found)} - {MASK})
 
     def _lost_uses(self, found: Found) -> dict[str, str]:
         """Return what a smaller network cannot do that the dense one can, and the modules in which it fails."""
@@ -303,7 +338,7 @@ class _Search:
             )
             widths = Widths(self.subject.facts, allowed)
         partial = partial_rows(widths, p.scattering)
-        return Widths(self.subject.facts, replace(allowed, scattered=frozenset(partial))) if partial else widths
+        return Widths(self.subject.facts, replace(allowed, scattered=partial)) if partial else widths
 
     def _can_select(self, node: Node, axis: int) -> bool:
         """Tell whether an input may be cut along an axis: one of its own size, of a plain argument."""

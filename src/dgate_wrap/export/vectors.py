@@ -66,6 +66,8 @@ class Allowed:
         can_rescale: Whether what a normalization multiplies by, and its epsilon, may be changed.
         can_select: Whether an input of the model may be cut along an axis.
         scattered: Contractions that compute only the outputs that some weight leads to, and scatter them.
+        leaves_idle: Whether they do not compute either what nothing depends on.
+        picking: Contractions that read only the inputs that are not zero, of more that stay.
         unit: Of how many elements kernels that read several at a time ask that sizes are multiples.
         rewrite: Whether forwards may be written anew, in which lengths, numbers of groups and scales become others.
         frozen: What has to stay whole for the user's code to run.
@@ -77,6 +79,8 @@ class Allowed:
     can_rescale: Callable[[Node], bool]
     can_select: Callable[[Node, int], bool]
     scattered: frozenset[Node] = frozenset()
+    leaves_idle: bool = False
+    picking: frozenset[Node] = frozenset()
     unit: int = 1
     rewrite: bool = False
     frozen: Frozen = Frozen()
