@@ -352,3 +352,39 @@ def test_layers_whose_last_states_are_read_lose_other_units_each(
     y = torch.randn(2, 7, 4)
     torch.testing.assert_close(exported.model(y), model(y))
     torch.testing.assert_close(dg.expand(exported, build())(y), model(y))
+
+
+class Normed(Heads):
+    """Attention whose values are normalized by batch statistics, as in convolutional transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Sequential(nn.Linear(10, 2 * 6, bias=False), nn.BatchNorm1d(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.query(x).unflatten(-1, (4, -1)).transpose(1, 2)
+        values = self.value(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2).repeat_interleave(2, 1) for t in (self.key(x), values))
+        out = (q @ k.mT).softmax(-1) @ v
+        return self.head(F.layer_norm(x + self.out(out.transpose(1, 2).flatten(2)), (10,)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_running_statistics_follow_the_channels_of_heads(seed: int, tmp_path: Path) -> None:
+    x = draw(2, 5, 10)
+    labels = {"value.0.weight": torch.arange(12).view(-1, 1)}
+    labels |= {f"value.1.{leaf}": torch.arange(12) for leaf in ("weight", "bias")}
+    model = gated(Normed, labels, x, 0.5, seed)
+    with torch.no_grad():
+        norm = model.get_submodule("value.1")
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    kept = units(weight(model, "value.1.weight") == 0, (2, 6))
+    assert kept < 6
+    exported = check(model, x, {"value.0.weight": (2 * kept, 10), "out.weight": (10, 4 * kept)})
+    assert exported.model.get_buffer("value.1.running_var").shape == (2 * kept,)
+    dg.save(exported, tmp_path)
+    assert torch.equal(dg.load(tmp_path, Normed()).eval()(x), exported.model(x))
+    whole = dg.expand(exported, Normed(), x).get_submodule("value.1")
+    alive = norm.weight != 0
+    assert torch.equal(whole.running_mean[alive], norm.running_mean[alive])

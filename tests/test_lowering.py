@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 
@@ -31,6 +32,9 @@ def operations(graph: Graph) -> Counter[str]:
     first: dict[object, Node] = {}
     same: dict[Node, Node] = {}
     for n in graph.nodes:
+        if n.op == "call_function" and n.args[-2:] == (0, sys.maxsize):  # of open size: all of it, or what is put there
+            same[n] = same[n.args["scatter" in operation(n)]]
+            continue
         key = (n.target, str(map_arg((n.args, n.kwargs), lambda x: same[x])))
         same[n] = first.setdefault(key, n) if n.op == "call_function" else n
     return Counter(operation(n) for n in first.values() if operation(n) not in FREE)
@@ -110,6 +114,7 @@ FUNCTIONS: dict[str, Callable[[nn.BatchNorm1d, Tensor], Tensor]] = {
     "lists": lambda bn, x: torch.cat([p * i for i, p in enumerate(x.chunk(3, 1))], 1),
     "constants": lambda bn, x: x * torch.tensor([1.0, 2.0]).repeat(3) + torch.tensor(3.0).detach_(),
     "in_place": lambda bn, x: written(F.relu_(bn(x))),
+    "in_place_and_named_otherwise": lambda bn, x: (bn(x) + 9).pow_(-0.5).pow_(x),
     "in_place_of_what_was_used": lambda bn, x: written(y := bn(x)) + y,
     "in_place_and_viewed": lambda bn, x: written(x * 2)[:, :3],
     "other_type": lambda bn, x: x.half().add_(x),

@@ -2621,3 +2621,60 @@ def test_modules_of_which_nobody_reads_the_last_result_are_called_in_training() 
     expected = net.train()(x)
     torch.manual_seed(1)
     torch.testing.assert_close(out.model.train()(x), expected)
+
+
+class FirstToken(nn.Module):
+    """Attention whose heads are merged with the batch, and which takes the first token apart by a plain colon."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(12, 12), nn.Linear(12, 24), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        heads = (self.q(x), *self.kv(x).chunk(2, -1))
+        q, k, v = (t.reshape(batch, tokens, 3, 4).transpose(1, 2).reshape(batch * 3, tokens, 4) for t in heads)
+        q = torch.cat([q[:, :1], q[:, 1:] * 2], 1)
+        y = (q @ k.transpose(1, 2)).softmax(-1) @ v
+        return self.out(y.reshape(batch, 3, tokens, 4).transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Halves(nn.Module):
+    """A gated unit that cuts its input into two by plain colons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out = nn.Linear(6, 16), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.both(x)
+        return self.out(x[:, :, :8] * torch.sigmoid(x[:, :, 8:]))
+
+
+class Flagged(nn.Module):
+    """Branches on a tensor, so that it is traced for the example's sizes only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flag, self.halves = torch.tensor([True]), Halves()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.halves(x) if self.flag[0] else x
+
+
+def test_plain_colons_over_open_axes_are_no_obstacle_to_writing_anew() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, 12), FirstToken(), nn.Linear(12, 3)), torch.randn(2, 5, 5)
+    out = halved(net, "heads", x)
+    assert (out.report.rewritten, out.report.kept) == (["1"], [])
+    longer = torch.randn(3, 8, 5)
+    torch.testing.assert_close(out.model(longer), net(longer))
+
+
+@pytest.mark.filterwarnings("ignore::dgate_wrap.errors.TraceWarning")
+def test_plain_colons_are_none_in_a_module_that_is_traced_alone() -> None:
+    torch.manual_seed(0)
+    net, x = Flagged(), torch.randn(2, 4, 6)
+    out = halved(net, "hidden", x)
+    assert (out.report.rewritten, out.report.kept) == (["halves"], [])
+    torch.testing.assert_close(out.model(x[:1]), net(x[:1]))

@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -116,10 +117,11 @@ def _apart(sortings: Iterable[_Sorting], taken: list[_Sorting]) -> list[_Sorting
 
 
 def reorder_(model: nn.Module, orders: Mapping[str, Cut]) -> nn.Module:
-    """Put the indices of parameters in another order, in place but for their memory, and return the model."""
+    """Put the indices of parameters and buffers in another order, in place but for their memory; return the model."""
     for name, order in orders.items():
-        parameter = model.get_parameter(name)
-        parameter.data = order.apply(parameter.data)
+        path, _, leaf = name.rpartition(".")
+        tensor = cast(Tensor, getattr(model.get_submodule(path), leaf))
+        tensor.data = order.apply(tensor.data)
     return model
 
 
@@ -134,10 +136,12 @@ class _Finder:
 
     def __init__(self, model: nn.Module, facts: Facts, structure: Structure, verifier: Verifier) -> None:
         self._model, self._structure, self._verifier = model, structure, verifier
-        self._shapes = {s.name: tuple(s.value.shape) for s in facts.trace.sources.values() if s.kind == "parameter"}
+        named = (s for s in facts.trace.sources.values() if s.kind in ("parameter", "buffer"))
+        self._shapes = {s.name: tuple(s.value.shape) for s in named}
         self._classes = [
             *_by_parameter((s.name, structure.classes(s.labels)) for s in structure.slots),
             *_by_parameter((r.name, structure.classes(r.labels)) for r in structure.readers),
+            *_statistics(facts, structure),
         ]
         self._runs = 0
 
@@ -202,6 +206,21 @@ def _by_parameter(classes: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, 
             known.append(found)
     for name, known in together.items():
         yield from ((name, compact(t)) for t in known)
+
+
+def _statistics(facts: Facts, structure: Structure) -> Iterator[tuple[str, Tensor]]:
+    """Yield the classes of buffers that a norm has for its channels: running means and variances."""
+    for family in (f for f in facts.families.values() if isinstance(f, Mixing)):
+        words = structure.words.get(family.x)
+        if not isinstance(words, Tensor):
+            continue
+        for node, _, axis in family.parameters:
+            source = facts.trace.sources.get(node)
+            if source is None or source.kind != "buffer" or source.value.dim() != 1:
+                continue
+            channels = compact(structure.classes(label_of(words).expand(shape_of(family.x)))).movedim(axis, 0)
+            if channels.numel() == len(channels) == len(source.value):
+                yield source.name, channels.flatten()
 
 
 def _over_one(node: Node, family: Family) -> bool:

@@ -107,6 +107,25 @@ class Picked:
         return x.index_select(self.axis, _held(layer, "_read", self.read).to(x.device))
 
 
+def held_by_code(widths: Widths, layers: Mapping[Node, str]) -> set[str]:
+    """Return the layers around which something dead stays for the user's code only."""
+    found: set[str] = set()
+    for node, path in layers.items():
+        family = cast(Contraction, widths.facts.families[node])
+        ends = (
+            (node, family.out_axis, computed_rows(widths.facts, node, idle=True)),
+            (
+                family.x,
+                family.x_axis,
+                read_columns(widths.facts, node),
+            ),
+        )
+        for n, axis, matters in ends:
+            why = widths.why[n][axis][widths.keep[n][axis] & ~matters]
+            found |= {path} if {int(i) for i in why.unique()} & widths.written else set()
+    return found
+
+
 def partial_columns(widths: Widths, layers: Mapping[Node, str], chosen: Collection[str]) -> frozenset[Node]:
     """Return the contractions that need not read all inputs that stay; the arguments are those of `partial_rows`."""
     dead: dict[str, Tensor] = {}

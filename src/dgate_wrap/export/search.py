@@ -38,7 +38,7 @@ from .grafts import Grafts, Parts
 from .integers import Integers, Patch
 from .padding import find_patch, padded
 from .plan import Draft, Permissions, Plan, make_plan
-from .scatter import partial_columns, partial_rows
+from .scatter import held_by_code, partial_columns, partial_rows
 from .selection import is_selectable, reduced
 from .silence import Seen, sizes_in
 from .subject import Subject
@@ -202,9 +202,7 @@ class _Search:
         now = {n: p.shape for n, p in found.small.named_parameters()}
         tied = {n for n, shape in found.uncached.items() if now.get(n) != shape}
         chosen = {p for p in layers.values() if (f"{p}.weight" if p else "weight") in tied}
-        chosen |= {layers[n] for n in frozen.idle & layers.keys()}
-        for code in frozen.fills | frozen.made | frozen.reshapes | frozen.modules:
-            chosen |= {p for p in layers.values() if not code or f"{p}.".startswith(f"{code}.")}
+        chosen |= held_by_code(found.widths, layers)
         rows = partial_rows(found.widths, layers, chosen, idle=True)
         columns = partial_columns(found.widths, layers, chosen)
         if rows == allowed.scattered and not columns:

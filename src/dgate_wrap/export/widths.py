@@ -104,11 +104,11 @@ class Widths(Vectors):
         for node in self.facts.nodes:
             if node.op == "call_function" and (owner(node) or "") in self.allowed.frozen.modules:
                 for n in (node, *(n for n in node.all_input_nodes if n in self.facts.varying)):
-                    self.keep_results(n, self.says(node, "the code computes with its size"))
+                    self.keep_results(n, self.written_down(node, "the code computes with its size"))
             if makes(node) and (owner(node) or "") in self.allowed.frozen.made:
                 self.keep_results(node, self.written_down(node, "its size is written in the code"))
             if node in self.allowed.frozen.idle:
-                self.keep_results(node, self.reason("code that the graph does not show reads it"))
+                self.keep_results(node, self.code_reason("code that the graph does not show reads it"))
             if node.op == "output":
                 for n in node.all_input_nodes:
                     self.keep_results(n, self.reason("it is an output of the model"))

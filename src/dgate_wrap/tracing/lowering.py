@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 from typing import Any, cast
 
 import torch
@@ -73,6 +74,9 @@ def _lowered(given: Graph) -> Graph | None:
     graph = Graph()
     graph.output(graph.graph_copy(given, {}))
     _clean(graph)
+    for node in [n for n in graph.nodes if _is_whole(n)]:
+        node.replace_all_uses_with(cast(Node, node.args[0]))
+        graph.erase_node(node)
     known: dict[str, Graph] = {}
     for node in [n for n in graph.nodes if _is_composite(n.target)]:
         if _is_idle_cast(node):
@@ -116,6 +120,11 @@ def _is_idle_cast(node: Node) -> bool:
         return False
     x, y = cast(Node, node.args[0]).meta["val"], node.meta["val"]
     return x.dtype == y.dtype and y.is_floating_point()
+
+
+def _is_whole(node: Node) -> bool:
+    """Tell whether a node is a slice of all that there is, as open sizes leave it of a colon in ``x[:, :3]``."""
+    return node.target is _aten.slice.Tensor and node.args[2:] in ((0, sys.maxsize), (0, sys.maxsize, 1))
 
 
 def reads_values(node: Node) -> bool:
@@ -264,8 +273,13 @@ def _out_of_place(op: OpOverload) -> OpOverload | None:
     """Return the operation that gives what another writes into its first operand."""
     written = [a for a in op._schema.arguments if a.alias_info is not None]
     packet = getattr(_aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
-    other = getattr(packet, op._overloadname, None)
-    return other if written == op._schema.arguments[:1] and not _writes(other) else None
+    if packet is None or written != op._schema.arguments[:1]:
+        return None
+    takes = [
+        str(a.type) for a in op._schema.arguments
+    ]  # names of overloads differ: ``pow_.Scalar``, ``pow.Tensor_Scalar``
+    others = (getattr(packet, name) for name in sorted(packet.overloads(), key=lambda name: name != op._overloadname))
+    return next((o for o in others if [str(a.type) for a in o._schema.arguments] == takes and not _writes(o)), None)
 
 
 _PUT_BACK: dict[Any, OpOverload] = {
