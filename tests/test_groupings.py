@@ -212,3 +212,28 @@ def test_labels_may_name_a_tied_weight_by_any_of_its_names() -> None:
         assert list(found) == ["a.weight"]
     with pytest.raises(dg.GroupingError, match=r"'b\.weight' and 'a\.weight' are the same tied parameter"):
         resolve({"a.weight": rows, "b.weight": rows.T}, model)
+
+
+COLUMNS: dict[str, Callable[[Tensor], Tensor]] = {
+    "picked": lambda x: torch.stack([x[:, i] for i in range(4)], 1),
+    "sliced": lambda x: torch.cat([x[:, i : i + 1] for i in range(4)], 1),
+    "each mapped": lambda x: torch.cat([x[:, i : i + 1].sin() for i in range(4)], 1),
+}
+
+
+class ByColumn(nn.Module):
+    """A table whose columns are taken one by one and put together again, and a layer with a norm that reads them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.join, self.up, self.norm, self.down = COLUMNS[how], nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.norm(self.up(self.join(x))).relu())
+
+
+@pytest.mark.parametrize("how", COLUMNS)
+def test_columns_that_are_taken_one_by_one_stay_columns(how: str) -> None:
+    model, x = ByColumn(how).eval(), torch.randn(5, 4)
+    assert len(dg.groups(dg.gate(model, "hidden", example_inputs=x))) == 6
+    assert len(dg.groups(dg.gate(ByColumn(how).eval(), "input_features", example_inputs=x))) == 4

@@ -1118,8 +1118,10 @@ def test_what_the_forward_makes_for_each_head_goes_with_the_head() -> None:
     assert exported.report.rewritten == ["attention"]
     assert exported.model.attention.out.in_features == 8
     assert_equal(model, exported.model)
-    _, kept = without_a_head(Sloped, rewrite=False)
-    assert {k.reason for k in kept.report.kept} == {"it is a constant that the forward makes"}
+    model, own = without_a_head(Sloped, rewrite=False)
+    assert type(own.model.attention) is Sloped
+    assert own.plan.picks["attention.out"].read == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert_equal(model, own.model)
 
 
 class Generator(nn.Module):
@@ -1376,7 +1378,7 @@ class WithIdleHead(nn.Module):
         return out if target is None else F.mse_loss(out, target) + aside.square().mean()
 
 
-def test_what_code_reads_that_the_graph_does_not_show_stays() -> None:
+def test_what_code_reads_that_the_graph_does_not_show_keeps_its_size() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 9, 9)
     model = dg.gate(WithIdleHead().eval(), ["filters"], include=["up.*", "middle.*"])
@@ -1385,9 +1387,9 @@ def test_what_code_reads_that_the_graph_does_not_show_stays() -> None:
             gates.gamma[[1, 4]] = 0
     exported = dg.export(model, x, latency=False)
     assert exported.model.middle.out_channels == 6
-    assert exported.model.up.out_channels == 8
-    [reason] = {k.reason for k in exported.report.kept}
-    assert reason == "code that the graph does not show reads it"
+    assert exported.model.idle[0].in_channels == 8
+    assert len(exported.plan.scatters["up"].stays) == 8
+    assert exported.report.kept == []
     torch.testing.assert_close(exported.model(x), model(x))
     target = torch.randn(2, 2, 5, 5)
     torch.testing.assert_close(exported.model(x, target), model(x, target))
@@ -1417,9 +1419,9 @@ def test_a_vector_of_indices_is_renumbered() -> None:
     assert exported.model.second.weight.shape == (2, 4)
     with torch.no_grad():
         assert torch.allclose(model(x), exported.model(x), atol=1e-6)
-    kept = dg.export(model, x, latency=False, rewrite=False).report.kept
-    assert kept
-    assert all("it may be picked by an index" in k.reason for k in kept)
+        kept = dg.export(model, x, latency=False, rewrite=False)
+        assert len(kept.plan.scatters["first"].stays) == 8
+        assert torch.allclose(model(x), kept.model(x), atol=1e-6)
 
 
 class PooledAttention(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dgate_wrap as dg
+from dgate_wrap.gates import gated_tensors
 
 
 class Residual(nn.Module):
@@ -235,3 +236,21 @@ def test_what_can_be_written_anew_is_cut_and_neither_scatters_nor_picks() -> Non
     kill_every_second(model)
     small = dg.export(model.eval(), x, latency=False).model
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())
+
+
+class Skipping(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.attention(x)[0])
+
+
+def test_a_layer_without_live_outputs_keeps_one() -> None:
+    model, x = Skipping(), draw(2, 5, 32)
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model, "heads", example_inputs=x)
+    with torch.no_grad():
+        for tensor in gated_tensors(model):
+            tensor.gates.gamma.zero_()
+    exported = dg.export(model.eval(), x, rewrite=False, latency=False)
+    shapes = {n: tuple(p.shape) for n, p in exported.model.attention.named_parameters() if n.endswith("weight")}
+    assert shapes == {"q.weight": (1, 32), "k.weight": (1, 32), "v.weight": (1, 1), "out.weight": (32, 1)}
+    assert torch.allclose(exported.model(x), model(x), atol=1e-5)

@@ -112,15 +112,8 @@ def held_by_code(widths: Widths, layers: Mapping[Node, str]) -> set[str]:
     found: set[str] = set()
     for node, path in layers.items():
         family = cast(Contraction, widths.facts.families[node])
-        ends = (
-            (node, family.out_axis, computed_rows(widths.facts, node, idle=True)),
-            (
-                family.x,
-                family.x_axis,
-                read_columns(widths.facts, node),
-            ),
-        )
-        for n, axis, matters in ends:
+        made, read = computed_rows(widths.facts, node, idle=True), read_columns(widths.facts, node)
+        for n, axis, matters in ((node, family.out_axis, made), (family.x, family.x_axis, read)):
             why = widths.why[n][axis][widths.keep[n][axis] & ~matters]
             found |= {path} if {int(i) for i in why.unique()} & widths.written else set()
     return found
@@ -137,16 +130,7 @@ def partial_columns(widths: Widths, layers: Mapping[Node, str], chosen: Collecti
         calls.setdefault(path, []).append(node)
         varies = family.x in widths.facts.varying
         dead[path] = dead.get(path, torch.ones_like(kept)) & zero if varies else torch.zeros_like(kept)
-    return frozenset(n for p, nodes in calls.items() if _pays(widths, nodes[0], dead[p], p in chosen) for n in nodes)
-
-
-def _pays(widths: Widths, node: Node, dead: Tensor, chosen: bool) -> bool:
-    """Tell whether a layer should pick its inputs: a chosen one if it can, others if that spares time."""
-    family = cast(Contraction, widths.facts.families[node])
-    left = int((widths.keep[family.x][family.x_axis] & ~dead).sum())
-    weight = widths.keep[family.weight]
-    outputs = torch.Size(int(k.sum()) for a, k in enumerate(weight) if a != family.w_in).numel()
-    return left > 0 and bool(dead.any()) and (chosen or int(dead.sum()) * outputs > _WORTH * left)
+    return _all_calls(widths, calls, dead, chosen, inputs=True)
 
 
 def find_picks(widths: Widths, layers: Mapping[Node, str]) -> dict[str, Picked]:
@@ -184,16 +168,44 @@ def partial_rows(
         kept = widths.keep[node][cast(Contraction, widths.facts.families[node]).out_axis]
         calls.setdefault(path, []).append(node)
         dead[path] = dead.get(path, torch.ones_like(kept)) & kept & ~computed_rows(widths.facts, node, idle=idle)
-    return frozenset(n for p, nodes in calls.items() if _worth(widths, nodes[0], dead[p], p in chosen) for n in nodes)
+    return _all_calls(widths, calls, dead, chosen, inputs=False)
 
 
-def _worth(widths: Widths, node: Node, dead: Tensor, chosen: bool) -> bool:
-    """Tell whether a layer should scatter its outputs: a chosen one if it can, others if that spares time."""
-    family = cast(Contraction, widths.facts.families[node])
-    kept = int(widths.keep[node][family.out_axis].sum())
-    weight = widths.keep[family.weight]
-    inputs = torch.Size(int(k.sum()) for a, k in enumerate(weight) if a != family.w_out).numel()
-    return 0 < int(dead.sum()) < kept and (chosen or int(dead.sum()) * inputs > _WORTH * kept)
+def _all_calls(
+    widths: Widths,
+    calls: Mapping[str, list[Node]],
+    dead: Mapping[str, Tensor],
+    chosen: Collection[str],
+    *,
+    inputs: bool,
+) -> frozenset[Node]:
+    """Return all calls of the layers that should leave out what is dead of their inputs, or of their outputs."""
+    found: set[Node] = set()
+    for path, nodes in calls.items():
+        f = cast(Contraction, widths.facts.families[nodes[0]])
+        at = (f.x, f.x_axis, f.w_in) if inputs else (nodes[0], f.out_axis, f.w_out)
+        found |= {*nodes} if _worth(widths, nodes[0], at, dead[path], path in chosen) else set()
+    return frozenset(found)
+
+
+def _worth(widths: Widths, node: Node, at: tuple[Node, int, int], dead: Tensor, chosen: bool) -> bool:
+    """Tell whether a layer should leave out what is dead: a chosen one if it can, others if that spares time.
+
+    Args:
+        widths: What is kept.
+        node: Its contraction.
+        at: The tensor that stays whole, its axis, and the axis of the weight along which is left out.
+        dead: What may be left out.
+        chosen: Whether it is a chosen one.
+    """
+    x, axis, w_axis = at
+    stays, count = int(widths.keep[x][axis].sum()), int(dead.sum())
+    if chosen:  # of one in which all are dead, one stays
+        return min(count, stays - 1) > 0
+    weight = widths.keep[cast(Contraction, widths.facts.families[node]).weight]
+    each = torch.Size(int(k.sum()) for a, k in enumerate(weight) if a != w_axis).numel()
+    moved = stays if x is node else stays - count
+    return 0 < count < stays and count * each > _WORTH * moved
 
 
 def find_scatters(widths: Widths, layers: Mapping[Node, str]) -> tuple[dict[str, Scatter], dict[str, Tensor]]:

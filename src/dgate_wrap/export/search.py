@@ -203,11 +203,12 @@ class _Search:
         tied = {n for n, shape in found.uncached.items() if now.get(n) != shape}
         chosen = {p for p in layers.values() if (f"{p}.weight" if p else "weight") in tied}
         chosen |= held_by_code(found.widths, layers)
-        rows = partial_rows(found.widths, layers, chosen, idle=True)
+        idle = not frozen.idle  # else code that the graph does not show reads what nothing in it depends on
+        rows = partial_rows(found.widths, layers, chosen, idle=idle)
         columns = partial_columns(found.widths, layers, chosen)
         if rows == allowed.scattered and not columns:
             return found
-        widths = Widths(self.subject.facts, replace(allowed, scattered=rows, leaves_idle=True, picking=columns))
+        widths = Widths(self.subject.facts, replace(allowed, scattered=rows, leaves_idle=idle, picking=columns))
         draft = Draft(*make_plan(widths, self.permissions, select_inputs=self._select_inputs))
         try:
             better = self._first_proven(draft, widths, frozen, rewrite=allowed.rewrite)

@@ -27,12 +27,15 @@ class Elements(Products):
         return [compact(m).long() + CONSTANT for m in ([moved] if isinstance(moved, Tensor) else list(moved))]
 
     def _couple(self, parts: list[Tensor], axis: int) -> None:
-        """Unite pieces that lie side by side along an axis, along the other axes: their sizes must agree."""
+        """Unite pieces that lie side by side along an axis, along the other axes: their sizes must agree.
+
+        Those of an input, which are told apart one by one, are not: columns of a table stay columns.
+        """
         ndim = max(p.dim() for p in parts)
         slices: list[Tensor] = []
         for p in parts:
             labels = label_of(narrow(p))
-            if p.dim() == ndim and p.numel() and not self._varies(labels, axis):
+            if p.dim() == ndim and p.numel() and not self._varies(labels, axis) and not self._from_input(labels):
                 slices.append(labels.amax(axis))
         for piece in slices[1:]:
             self.structure.unite(slices[0], piece)
