@@ -376,3 +376,26 @@ def test_self_attention_behind_an_lstm_loses_heads_at_any_length() -> None:
         other = torch.randn(shape)
         with torch.no_grad():
             torch.testing.assert_close(exported.model(other), model(other))
+
+
+class Clipped(nn.Module):
+    """Values between bounds that are buffers, then normalized without a weight, as in Gemma 4: zeros stay zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+        self.register_buffer("low", torch.tensor(-torch.inf))
+        self.register_buffer("high", torch.tensor(torch.inf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = torch.clamp(self.v(x), self.low, self.high)
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (self.q(x), self.k(x), values))
+        v = F.rms_norm(v, v.shape[-1:])
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_heads_whose_values_are_clipped_by_buffers_and_normalized() -> None:
+    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
+    model = with_dead_heads(Clipped(), [1], x)
+    exported = dg.export(model, x, latency=False)
+    assert (exported.report.removed, exported.report.kept) == (1, [])

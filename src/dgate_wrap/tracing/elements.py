@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .families import Indexing, Movement, Pointwise
-from .nodes import shape_of
+from .nodes import op_name, shape_of
 from .operations import gives_zero
 from .products import Products
 from .structure import CONSTANT, DATA, FIXED, LIVE, ZERO, compact, label_of, narrow, state_of
@@ -103,11 +103,19 @@ class Elements(Products):
         for code in codes.unique().tolist():
             held = [code // 3**i % 3 for i in range(len(words))]
             zeros = {n for n, state in zip(family.operands, held, strict=True) if state == ZERO}
-            if zeros and gives_zero(node, family, zeros):
+            if zeros and gives_zero(node, family, zeros, self._bounds(node, family)):
                 out[code] = ZERO
             else:
                 out[code] = LIVE if LIVE in held else FIXED
         return out[codes]
+
+    def _bounds(self, node: Node, family: Pointwise) -> dict[Node, Tensor]:
+        """Return the bounds of a clamp that are buffers of one number, with their values."""
+        if op_name(node) not in ("clamp", "clamp_min", "clamp_max", "minimum", "maximum"):
+            return {}
+        sources = {n: self.trace.sources[n] for n in family.operands if n in self.trace.sources}
+        held = {n: s.value for n, s in sources.items() if s.kind in ("buffer", "constant")}
+        return {n: x for n, x in held.items() if isinstance(x, Tensor) and x.numel() == 1 and not x.is_meta}
 
     def _state_of(self, node: Node, words: Tensor) -> Tensor:
         """Return the state of an operand: zeros that code makes, such as a first hidden state, are zero."""

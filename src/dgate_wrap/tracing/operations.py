@@ -115,13 +115,20 @@ def feature_inputs(trace: Trace, families: Mapping[Node, Family], varying: froze
     return frozenset(n for n in found if trace.sources[n].value.numel() > 1)
 
 
-def gives_zero(node: Node, family: Pointwise, zeros: Collection[Node]) -> bool:
-    """Tell whether an operation gives zero where some operands are, whatever the others hold: by running it."""
+def gives_zero(
+    node: Node, family: Pointwise, zeros: Collection[Node], known: Mapping[Node, Tensor] | None = None
+) -> bool:
+    """Tell whether an operation gives zero where some operands are, whatever the others hold: by running it.
+
+    Operands that are ``known`` to be single numbers, such as the bounds of a clamp, hold these.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def stand_in(n: Node) -> Any:
         if n not in family.operands:
             return tensor_of(n)
+        if known and n in known and n not in zeros:
+            return known[n].cpu()
         noise = torch.zeros(64) if n in zeros else 3 * torch.randn(64, generator=generator)
         dtype = tensor_of(n).dtype
         return noise > 0 if dtype == torch.bool else noise.to(dtype)
