@@ -399,3 +399,56 @@ def test_heads_whose_values_are_clipped_by_buffers_and_normalized() -> None:
     model = with_dead_heads(Clipped(), [1], x)
     exported = dg.export(model, x, latency=False)
     assert (exported.report.removed, exported.report.kept) == (1, [])
+
+
+class CrossCovariance(nn.Module):
+    """Attention of the channels of a head to each other, at a temperature per head (XCiT, EdgeNeXt)."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused, self.temperature = fused, nn.Parameter(torch.ones(HEADS, 1, 1))
+        self.first, self.out = nn.Linear(6, WIDTH), nn.Linear(WIDTH, WIDTH)
+        if fused:
+            self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        else:
+            self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        batch, length, width = x.shape
+        if self.fused:
+            q, k, v = self.qkv(x).view(batch, length, 3, HEADS, width // HEADS).permute(2, 0, 3, 4, 1).unbind(0)
+        else:
+            q, k, v = (f(x).view(batch, length, HEADS, -1).permute(0, 2, 3, 1) for f in (self.q, self.k, self.v))
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(2, 3) * self.temperature
+        y = (scores.softmax(-1) @ v).permute(0, 3, 1, 2)
+        return x + self.out(y.reshape(batch, length, -1))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_heads_of_attention_among_channels_go(fused: bool) -> None:
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    model = with_dead_heads(CrossCovariance(fused), [1], x)
+    assert len(dg.groups(model)) == HEADS
+    exported = dg.export(model, x, latency=False)
+    assert (exported.report.removed, exported.report.kept) == (1, [])
+    assert exported.model.get_parameter("temperature").shape == (HEADS - 1, 1, 1)
+
+
+class Selected(nn.Module):
+    """Branches that are weighed per channel by a softmax over them (selective kernels): these are no heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(3, 4, k, padding=k // 2) for k in (1, 3))
+        self.weigh, self.head = nn.Conv2d(4, 8, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = torch.stack([b(x) for b in self.branches], 1)
+        weights = self.weigh(each.sum(1).mean((2, 3), keepdim=True)).view(x.shape[0], 2, 4, 1, 1).softmax(1)
+        return self.head((each * weights).sum(1))
+
+
+def test_channels_that_a_softmax_weighs_are_no_heads() -> None:
+    with pytest.raises(dg.GroupingError, match="no attention head"):
+        dg.gate(Selected(), "heads", example_inputs=torch.randn(2, 3, 5, 5))

@@ -312,7 +312,7 @@ class Permissions:
 
     @functools.cached_property
     def scattering(self) -> dict[Node, str]:
-        """Return the stock layer behind each contraction that may compute some of its outputs only."""
+        """Return the stock layer behind each contraction that may compute or read some channels only."""
         found: dict[Node, str] = {}
         for node, family in self._families.items():
             held = self._owner(family.weight) if isinstance(family, Contraction) and family.groups == 1 else None

@@ -196,8 +196,16 @@ class _Search:
 
     def sparser(self, found: Found) -> Found:
         """Let layers compute and read less than the sizes around them, where code keeps these or it spares time."""
-        if self.subject is not found.subject:
+        before = self.subject
+        if before is not found.subject:
             self._set(found.subject)
+        try:
+            return self._sparser(found)
+        finally:
+            if before is not found.subject:
+                self._set(before)
+
+    def _sparser(self, found: Found) -> Found:
         frozen, allowed, layers = found.frozen, found.widths.allowed, self.permissions.scattering
         now = {n: p.shape for n, p in found.small.named_parameters()}
         tied = {n for n, shape in found.uncached.items() if now.get(n) != shape}
@@ -216,8 +224,9 @@ class _Search:
             return found
         if not isinstance(better, Found) or better.size >= found.size:
             return found
-        lost = {*self._lost_uses(better)} - {*self._lost_uses(found)}
-        return found if lost else replace(better, by_batch=found.by_batch, uncached=found.uncached)
+        if {*self._lost_uses(better)} - {*self._lost_uses(found)} or self._fails_in_training(better) is not None:
+            return found
+        return replace(better, by_batch=found.by_batch, uncached=found.uncached)
 
     def loses_cache(self, found: Found) -> bool:
         """Tell whether a network cannot be used with a cache as the dense one can."""
