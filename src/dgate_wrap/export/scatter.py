@@ -109,13 +109,20 @@ class Picked:
 
 def held_by_code(widths: Widths, layers: Mapping[Node, str]) -> set[str]:
     """Return the layers around which something dead stays for the user's code only."""
-    found: set[str] = set()
+    written, found = torch.tensor(sorted(widths.written), dtype=torch.int64), set[str]()
+
+    def held(node: Node, axis: int) -> Tensor:
+        return widths.keep[node][axis] & torch.isin(widths.why[node][axis], written)
+
     for node, path in layers.items():
         family = cast(Contraction, widths.facts.families[node])
-        made, read = computed_rows(widths.facts, node, idle=True), read_columns(widths.facts, node)
-        for n, axis, matters in ((node, family.out_axis, made), (family.x, family.x_axis, read)):
-            why = widths.why[n][axis][widths.keep[n][axis] & ~matters]
-            found |= {path} if {int(i) for i in why.unique()} & widths.written else set()
+        made, read = held(node, family.out_axis), held(family.x, family.x_axis)
+        if bool(made.any()):
+            made = made & ~computed_rows(widths.facts, node, idle=True)
+        if bool(read.any()):
+            read = read & ~read_columns(widths.facts, node)
+        if bool(made.any() or read.any()):
+            found.add(path)
     return found
 
 

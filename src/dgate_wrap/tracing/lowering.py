@@ -275,9 +275,8 @@ def _out_of_place(op: OpOverload) -> OpOverload | None:
     packet = getattr(_aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
     if packet is None or written != op._schema.arguments[:1]:
         return None
-    takes = [
-        str(a.type) for a in op._schema.arguments
-    ]  # names of overloads differ: ``pow_.Scalar``, ``pow.Tensor_Scalar``
+    # of the overloads, those of the same name first: that of ``pow_.Scalar`` is ``pow.Tensor_Scalar``
+    takes = [str(a.type) for a in op._schema.arguments]
     others = (getattr(packet, name) for name in sorted(packet.overloads(), key=lambda name: name != op._overloadname))
     return next((o for o in others if [str(a.type) for a in o._schema.arguments] == takes and not _writes(o)), None)
 

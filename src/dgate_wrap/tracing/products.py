@@ -60,10 +60,13 @@ class Products(Weights):
         own = {s: not along[s] and self._varies_along(words[s], axes[s], free[s] - shared or free[s]) for s in "ab"}
         if summed and (family.a in self.attending or family.b in self.attending):
             weights, values = ("a", "b") if family.a in self.attending else ("b", "a")
-            if not along[values] and not self._differ(words[values], axes[values], summed):
+            if along[values]:  # among the channels of a head: cross-covariance
+                several = self._varies_along(words[values], axes[values], shared)
+                attends = several and not along[weights] and bool(free[weights] - shared)
+            else:
+                attends = not self._differ(words[values], axes[values], summed)
+            if attends:
                 self._attend_values(node, words[values], axes[values], axes[weights], summed)
-            elif along[values] and not along[weights] and free[weights] - shared:
-                self._attend_channels(node, words[values], axes[values], shared)
         for s in ("b", "a"):
             other = "a" if s == "b" else "b"
             if own[s] or (not along[s] and not own[other] and bool((words[s] >= 0).any())):
@@ -92,12 +95,6 @@ class Products(Weights):
         """Record the heads of an attention: one for each index that the attention weights have too."""
         leading = [i for i, c in enumerate(axes) if c in weights and c not in summed]
         self._add_site(node, words.movedim(leading, list(range(len(leading)))), len(leading))
-
-    def _attend_channels(self, node: Node, words: Tensor, axes: str, shared: set[str]) -> None:
-        """Record the heads of an attention among the channels of a head (cross-covariance), where there are several."""
-        if self._varies_along(words, axes, shared):
-            leading = [i for i, c in enumerate(axes) if c in shared]
-            self._add_site(node, words.movedim(leading, list(range(len(leading)))), len(leading))
 
     def _add_site(self, node: Node, words: Tensor, leading: int) -> None:
         labels = label_of(words)
