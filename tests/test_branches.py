@@ -100,8 +100,34 @@ class Transformer(Branched):
         return self.head(x + self.keep(4, self.last(F.silu(a) * b)))
 
 
+class Rescaled(Branched):
+    """Skips that a parameter scales, of all channels or of each; beside a state space, such a skip is no skip."""
+
+    branches = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.steps, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 8), nn.Linear(4, 4)
+        self.norm, self.whole, self.each = nn.LayerNorm(4), nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(4))
+
+    def scan(self, x: Tensor) -> Tensor:
+        read, write = self.steps(x).chunk(2, -1)
+        state, out = torch.zeros(4, dtype=x.dtype), []
+        for i in range(len(x)):
+            state = state * 0.5 + write[i] * x[i]
+            out.append(state * read[i])
+        return torch.stack(out) + x * self.each
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.whole + self.keep(0, self.a(self.norm(x).relu()))
+        x = x * self.each + self.keep(1, self.b(x.tanh()))
+        return x + self.keep(2, self.out(self.scan(x)))
+
+
 @pytest.mark.parametrize(
-    ("model", "shape"), [(ResNet, (2, 3, 8, 8)), (Gated, (2, 4, 6)), (Transformer, (2, 5, 8))], ids=str
+    ("model", "shape"),
+    [(ResNet, (2, 3, 8, 8)), (Gated, (2, 4, 6)), (Transformer, (2, 5, 8)), (Rescaled, (3, 4))],
+    ids=str,
 )
 def test_zeroing_a_block_leaves_the_skip(model: type[Branched], shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)

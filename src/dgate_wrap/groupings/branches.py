@@ -31,8 +31,8 @@ class Found:
 def blocks(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
     """Every residual branch as a whole, so that depth can shrink.
 
-    A branch is what is added to a value from which it was computed, or to a purely linear shortcut from there; where
-    several are added at once (parallel attention and feed-forward), each is a group. The group is the last weights of
+    A branch is what is added to a value from which it was computed, or to a purely linear shortcut from there, as a
+    skip that a parameter scales (beside a branch that ends in a layer); where several are added at once (parallel attention and feed-forward), each is a group. The group is the last weights of
     the branch: a layer scale, the weight and bias of a norm, or of a linear layer or convolution. Zeroing it makes
     the branch exactly zero, and the skip is what remains. Uses of shared weights are one group; a branch whose last
     weights, or whose value, also serve elsewhere is left alone.
@@ -180,8 +180,20 @@ def _root(flow: Flow, skip: Node, branch: Node, shape: tuple[int, ...]) -> Node 
         scaled |= op_name(node) in ("mul", "div") and any(flow.is_learned(n) for n in node.all_input_nodes)
         node = linear_input(flow, node)
         if node is not None and flow.is_above(node, branch):
-            return None if _is_linear(flow, branch, node) or (scaled and not mapped) else node
+            missing = scaled and not mapped and not _ends_in_layer(flow, branch)
+            return None if missing or _is_linear(flow, branch, node) else node
     return None
+
+
+def _ends_in_layer(flow: Flow, branch: Node) -> bool:
+    """Tell whether a value is an affine map of what a layer makes, unlike the state space beside a learned skip."""
+    node: Node | None = branch
+    while node is not None:
+        family = flow.family(node)
+        if isinstance(family, Contraction) and flow.is_learned(family.weight):
+            return True
+        node = linear_input(flow, node)
+    return False
 
 
 def _rescales(flow: Flow, node: Node) -> bool:
