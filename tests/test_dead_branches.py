@@ -610,3 +610,30 @@ def test_a_dead_branch_that_loops_over_time_is_gone_at_any_length(name: str, tmp
             torch.testing.assert_close(small.eval()(new), net.eval()(new))
     dg.gate(again, "blocks", example_inputs=x)
     assert dg.export(again, x, latency=False).report.kept == []
+
+
+class Summed(nn.Module):
+    """A shape function per feature, the last layer of which has no bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = nn.ModuleList(
+            nn.Sequential(nn.Linear(1, 6), nn.Sigmoid(), nn.Linear(6, 1, bias=False)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        parts = torch.cat([shape(x[:, i : i + 1]) for i, shape in enumerate(self.shapes)], -1)
+        return parts.sum(-1), parts
+
+
+@pytest.mark.parametrize("groups", ["shape_functions", "input_features"])
+def test_a_branch_that_is_gone_leaves_no_bias_that_was_made_for_it(groups: str) -> None:
+    model, x = Summed(), torch.randn(5, 3)
+    randomize(model, torch.Generator().manual_seed(0))
+    dg.gate(model, groups, example_inputs=x)
+    with torch.no_grad():
+        all_gates(model)[0].gamma[0] = 0
+    exported = dg.export(model.eval(), x, latency=False)
+    left = dict(exported.model.shapes.named_modules()).get("0", nn.Identity())
+    assert not list(left.children())
+    assert not list(left.parameters())

@@ -288,3 +288,20 @@ def test_blocks_that_code_reaches_by_a_list_are_gone_after_loading_too(tmp_path:
         torch.testing.assert_close(exported.model(x), model(x))
         for copied in (loaded, copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
             assert torch.equal(copied(x), exported.model(x))
+
+
+def test_inputs_that_are_selected_along_two_axes_are_loaded(tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 2))
+        randomize(model, torch.Generator().manual_seed(0))
+        return model
+
+    x = torch.randn(5, 4, 3)
+    model = dg.gate(made(), "in_channels", exclude="3.*")
+    dead = torch.zeros(4, 3, dtype=torch.bool)
+    dead[0] = dead[:, 1] = True
+    with torch.no_grad():
+        dg.gates.gated_tensors(model)[0].gates.gamma[dead.flatten()] = 0
+    exported = dg.export(model, x, latency=False)
+    assert exported.report.inputs == {"input": {-2: [1, 2, 3], -1: [0, 2]}}
+    assert torch.equal(dg.load(dg.save(exported, tmp_path), made()).eval()(x), exported.model(x))

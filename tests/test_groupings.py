@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo import ZOO
 
@@ -237,3 +238,87 @@ def test_columns_that_are_taken_one_by_one_stay_columns(how: str) -> None:
     model, x = ByColumn(how).eval(), torch.randn(5, 4)
     assert len(dg.groups(dg.gate(model, "hidden", example_inputs=x))) == 6
     assert len(dg.groups(dg.gate(ByColumn(how).eval(), "input_features", example_inputs=x))) == 4
+
+
+class Computed(nn.Module):
+    """Layers whose weights, with the units along the last axis, are computed from parameters."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Parameter(torch.randn(5, 16)), nn.Linear(16, 3)
+        self.mask, self.how = nn.Buffer((torch.rand(5, 16) > 0.2).float()), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.first
+        weight = {
+            "scaled": w * 0.5,
+            "divided": w / 2,
+            "negated": -w,
+            "masked": w * self.mask,
+            "thresholded": w * (w.detach().abs() > 0.1),
+            "turned": (w.T * 0.5).T,
+        }[self.how]
+        return self.last(F.silu(torch.einsum("bi,io->bo", x, weight) if self.how == "divided" else x @ weight))
+
+
+@pytest.mark.parametrize("how", ["scaled", "divided", "negated", "masked", "thresholded", "turned"])
+def test_units_of_weights_that_are_computed_are_found_and_go(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = Computed(how), torch.randn(4, 5)
+    gated = dg.gate(model, "hidden", example_inputs=x)
+    assert [t.name for t in dg.gates.gated_tensors(gated)] == ["first"]
+    with torch.no_grad():
+        dg.gates.gated_tensors(gated)[0].gates.gamma[:7] = 0
+    exported = dg.export(gated.eval(), x, latency=False)
+    assert exported.report.removed == 7
+    assert exported.model.first.shape == (5, 9)
+
+
+class StateSpace(nn.Module):
+    """One step of a selective scan, as in Mamba: the channels meet element by element, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.step = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(2, 12)
+        self.rank, self.write, self.read = nn.Linear(12, 2), nn.Linear(12, 4), nn.Linear(12, 4)
+        self.decay = nn.Parameter(torch.randn(12, 4))
+
+    def forward(self, u: Tensor) -> Tensor:
+        x = self.first(u).relu()
+        step = F.softplus(self.step(self.rank(x)))[..., None]
+        state = (step * -self.decay.exp()).exp() * (step * self.write(x)[:, None] * x[..., None])
+        return self.last((state * self.read(x)[:, None]).sum(-1))
+
+
+def test_channels_of_a_state_space_are_hidden_units_with_their_decays() -> None:
+    torch.manual_seed(0)
+    model, x = StateSpace(), torch.randn(3, 8)
+    gated = dg.gate(model, "hidden", example_inputs=x)
+    by_name = {t.name: t for t in dg.gates.gated_tensors(gated)}
+    assert by_name["decay"].gates is by_name["first.weight"].gates
+    with torch.no_grad():
+        by_name["decay"].gates.gamma[:5] = 0
+    exported = dg.export(gated.eval(), x, latency=False)
+    assert exported.model.decay.shape == (7, 4)
+    assert exported.model.first.weight.shape == (7, 8)
+
+
+class Features(nn.Module):
+    """Linear attention with fixed random features, cast as the activation is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.fixed = nn.Buffer(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], 4, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k = ((t @ self.fixed.type_as(t)).relu() + 1e-3 for t in (q, k))
+        y = q @ (k.mT @ v) / (q @ k.sum(-2)[..., None])
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_heads_are_found_beside_constants_that_are_cast_as_activations_are() -> None:
+    torch.manual_seed(0)
+    gated = dg.gate(Features(), "heads", example_inputs=torch.randn(2, 5, 16))
+    assert len(dg.groups(gated)) == 4

@@ -2680,3 +2680,66 @@ def test_plain_colons_are_none_in_a_module_that_is_traced_alone() -> None:
     out = halved(net, "hidden", x)
     assert (out.report.rewritten, out.report.kept) == (["halves"], [])
     torch.testing.assert_close(out.model(x[:1]), net(x[:1]))
+
+
+class Tail(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh()
+
+
+class WithGraph(nn.Module):
+    """A module that torch.fx made, whose forward is of no file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.tail = nn.Linear(8, 32), torch.fx.symbolic_trace(Tail())
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = self.first(x).relu().view(-1, 2, 16).unbind(1)
+        return self.tail(u * v)
+
+
+def test_forwards_around_graphs_of_fx_are_written_anew() -> None:
+    torch.manual_seed(0)
+    model = WithGraph()
+    small = halved(model, "hidden", torch.randn(3, 8)).model
+    x = torch.randn(4, 8)
+    assert small.first.weight.shape[0] < 32
+    torch.testing.assert_close(small(x), model(x))
+
+
+class Mixture(nn.Module):
+    """Experts in tensors of three dimensions, all computed and weighed by a softmax, or by the largest of it."""
+
+    def __init__(self, chosen: bool) -> None:
+        super().__init__()
+        self.router = nn.Linear(12, 4)
+        self.up, self.down = nn.Parameter(torch.randn(4, 20, 12)), nn.Parameter(torch.randn(4, 12, 20))
+        self.chosen = chosen
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.router(x).softmax(-1)
+        if self.chosen:
+            best, index = weights.topk(2)
+            weights = torch.zeros_like(weights).scatter(1, index, best)
+        h = torch.einsum("td,efd->tef", x, self.up).relu()
+        return x + (torch.einsum("tef,edf->ted", h, self.down) * weights[..., None]).sum(1)
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_dead_experts_go_where_the_router_has_to_stay(chosen: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Mixture(chosen), torch.randn(6, 12)
+    gated = dg.gate(model, "experts", example_inputs=x)
+    with torch.no_grad():
+        dg.gates.gated_tensors(gated)[0].gates.gamma[:2] = 0
+    exported = dg.export(gated.eval(), x, latency=False)
+    shapes = {n: tuple(p.shape) for n, p in exported.model.named_parameters()}
+    assert shapes == {"up": (2, 20, 12), "down": (2, 12, 20), "router.weight": (4, 12), "router.bias": (4,)}
+    assert exported.report.removed == 2
+    more = torch.randn(9, 12)
+    torch.testing.assert_close(exported.model(more), gated(more))

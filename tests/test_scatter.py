@@ -230,6 +230,67 @@ def test_layers_that_scatter_and_pick_are_quantized_and_exported_again() -> None
     assert torch.allclose(dg.export(again, x, latency=False).model(x), model(x), atol=1e-5)
 
 
+class Adapted(nn.Module):
+    """An adapter of a layer, of the sizes that the layer names."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.down, self.up = layer, nn.Linear(layer.in_features, 2), nn.Linear(2, layer.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+def test_layers_that_scatter_and_pick_name_the_sizes_of_what_they_give_and_take(tmp_path: Path) -> None:
+    model, exported, x = reader_with_dead_heads()
+    again = dg.export(dg.gate(copy.deepcopy(exported.model), "neurons", include="head.*"), x, latency=False).model
+    for small in (exported.model, again, dg.load(dg.save(exported, tmp_path), Reader())):
+        for name in ("q", "out"):
+            layer = small.attention.get_submodule(name)
+            assert (layer.in_features, layer.out_features) == (32, 32)
+            setattr(small.attention, name, Adapted(layer))
+        assert small(x).shape == model(x).shape
+
+
+class Slopes(nn.Module):
+    """A bias of slopes, counted in the code, times positions of the data; both layers have the same dead heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Sloped(), Sloped()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = (0.5 ** torch.arange(1, 5))[:, None, None] * (x[..., 0] > 0).cumsum(-1)[:, None, None]
+        for layer in self.layers:
+            x = x + layer(x, bias)
+        return x
+
+
+class Sloped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], 4, 8).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = (q @ k.transpose(2, 3) / 8**0.5 + bias).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("rewrite", [True, False])
+def test_heads_with_slopes_that_the_code_counts_go(rewrite: bool) -> None:
+    model, x = Slopes(), draw(2, 5, 32)
+    randomize(model, torch.Generator().manual_seed(1))
+    dg.gate(model, "heads", example_inputs=x)
+    for gates in {t.gates for t in gated_tensors(model)}:
+        gates.gamma.data[::3] = 0
+    exported = dg.export(model.eval(), x, rewrite=rewrite, latency=False)
+    assert exported.report.removed == 4
+    assert all(layer.out.weight.shape == (32, 16) for layer in exported.model.layers)
+    longer = draw(3, 7, 32)
+    assert torch.allclose(exported.model(longer), model(longer), atol=1e-5)
+
+
 def test_what_can_be_written_anew_is_cut_and_neither_scatters_nor_picks() -> None:
     model, x = Reader(), draw(2, 5, 32)
     dg.gate(model, "heads", example_inputs=x)

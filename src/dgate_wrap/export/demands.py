@@ -35,8 +35,7 @@ from ..tracing.families import (
     Recurrence,
 )
 from ..tracing.operations import is_tensor, op_name, shape_of
-from ..tracing.origins import operation
-from .facts import Facts
+from .facts import Facts, makes
 from .masks import largest, on_axis, others, project
 from .vectors import NEEDED, Columns, Units, Vectors
 
@@ -52,8 +51,8 @@ def demand(family: Family, node: Node, w: Vectors) -> None:
 
 @demand.register
 def _(family: Creation, node: Node, w: Vectors) -> None:
-    if not w.follows(node) or not uniform(node):
-        w.keep_whole(node, w.says(node, "its size is written in the code"))
+    if not w.follows(node) or not makes(node):
+        w.keep_whole(node, w.written_down(node, "its size is written in the code"))
 
 
 @demand.register
@@ -577,12 +576,6 @@ def _demand_groups(w: Vectors, family: Contraction, node: Node) -> None:
         missing = torch.where(used, width - kept.sum(1), 0)
         free = ~kept
         w.grow(key, axis, (free & (free.cumsum(1) <= missing.unsqueeze(1))).flatten(), equal)
-
-
-def uniform(node: Node) -> bool:
-    """Tell whether a creation gives the same value everywhere, so that any size of it will do."""
-    name = operation(node).removeprefix("aten.").removeprefix("new_")
-    return name in ("zeros", "ones", "full", "scalar_tensor")
 
 
 def computed_rows(facts: Facts, node: Node, *, idle: bool) -> Tensor:

@@ -17,6 +17,7 @@ from ..tracing.families import (
     Bilinear,
     Cell,
     Contraction,
+    Creation,
     Family,
     Halves,
     Indexing,
@@ -52,6 +53,7 @@ class Facts(Constants):
         self._needed: dict[Node, list[Tensor]] = {}
         self._parts: dict[tuple[Node, Node, int, Node, int], bool] = {}
         self._moving: dict[tuple[Node, Node], Tensor] = {}
+        self._counted = self._find_counted()
         self.live: dict[Node, Any] = {n: full_mask(self.values.get(n), False) for n in self.nodes}
         for node in reversed(self.nodes):
             self._find_live(node)
@@ -87,6 +89,16 @@ class Facts(Constants):
             return None
         return picked % shape_of(family.x)[axis]
 
+    def _find_counted(self) -> frozenset[Node]:
+        """Return the constants that are computed from steps of numbers, such as the slopes of heads."""
+        found: set[Node] = set()
+        for node in self.nodes:
+            if node.op == "call_function" and node not in self.varying:
+                counts = isinstance(self.families.get(node), Creation) and not makes(node)
+                if counts or not found.isdisjoint(node.all_input_nodes):
+                    found.add(node)
+        return frozenset(found)
+
     def takes_part(self, node: Node, n: Node, axis: int, out: Node, out_axis: int) -> bool:
         """Tell whether an operation needs part of an operand only, of which others need more.
 
@@ -99,24 +111,58 @@ class Facts(Constants):
         return self._parts[key]
 
     def _takes_part(self, node: Node, n: Node, axis: int, out: Node, out_axis: int) -> bool:
-        spare = ~self.reached(out, out_axis)
-        if n in self.varying or n.op == "placeholder":
-            spare = spare & self.reached(n, axis)  # what is made from nothing may be made whole
+        whole = self._is_made_whole(n, axis)
+
+        def idle(m: Node, at: int) -> Tensor:
+            return ~project(self.live[m] & ~self.zero(m), at) if whole else ~self.reached(m, at)
+
+        spare = idle(out, out_axis)
+        if (n in self.varying or n.op == "placeholder") and not whole:
+            spare = spare & self.reached(n, axis)  # what nothing needs need not be made, if it can be left out
         if not spare.any() or not self.reached(out, out_axis).any():
             return False
         back = axis - len(shape_of(n))
-        if op_name(node) in COPIES:  # that of a part costs no more
+        if op_name(node) in COPIES or n in self._counted:  # a copy of a part costs no more; numbers are counted whole
             return True
         beside = [m for m in node.all_input_nodes if m is not n and is_tensor(m) and len(shape_of(m)) >= -back]
         small = n not in self.varying or torch.Size(shape_of(n)).numel() < torch.Size(shape_of(out)).numel()
         small = small or isinstance(self.families.get(node), Attention)  # which works hardest
         fits = [m for m in beside if shape_of(m)[back] == len(spare)]
-        gains = {m: spare & ~self.reached(m, len(shape_of(m)) + back) for m in fits}
+        gains = {m: spare & idle(m, len(shape_of(m)) + back) for m in fits}
         if any(bool(gains[m].any()) for m in fits if small or self._is_score(m)):
             return True
         # or all that it reads is made elsewhere for several, as two biases that every layer adds to its scores
         elsewhere = all(owner(m) != owner(node) for m in (n, *fits))
         return elsewhere and back < -1 and not any(bool(g.any()) for g in gains.values())
+
+    def _is_made_whole(self, node: Node, axis: int) -> bool:
+        """Tell whether a tensor is made all along an axis or not at all, as by a softmax."""
+        family = self.families.get(node)
+        if isinstance(family, Pointwise):
+            size, back = shape_of(node)[axis], axis - len(shape_of(node))
+            made = [n for n in family.operands if n in self.varying and shape_of(n)[back:][:1] == (size,)]
+            return any(self._is_made_whole(n, len(shape_of(n)) + back) for n in made)
+        if isinstance(family, Mixing) and axis in family.out_axis:
+            before = family.out_axis.index(axis)
+            return family.kind in ("scan", "norm") if before in family.mixed else self._is_made_whole(family.x, before)
+        if isinstance(family, Indexing):
+            return family.source is not None and axis in family.axes
+        if isinstance(family, Movement) and len(family.inputs) == 1 and is_tensor(node):
+            before = self._axis_before(node, axis)
+            return before is not None and self._is_made_whole(family.inputs[0], before)
+        return False
+
+    def _axis_before(self, node: Node, axis: int) -> int | None:
+        """Return the axis of what a movement moves that becomes one of its result as it is, or ``None``."""
+        [places] = self.movement_map(node)
+        index = torch.arange(places.shape[axis]).view([-1 if a == axis else 1 for a in range(places.dim())])
+        rest = 1
+        shape = shape_of(node.all_input_nodes[0])
+        for before in reversed(range(len(shape))):
+            if shape[before] == places.shape[axis] and bool((places // rest % shape[before] == index).all()):
+                return before
+            rest *= shape[before]
+        return None
 
     def moves_scores(self, family: Attention) -> Tensor:
         """Mark the channels whose constants add to scores that differ from key to key: those of learned queries, say.
@@ -371,6 +417,12 @@ class Facts(Constants):
     def _(self, family: Pick, node: Node, live: Any) -> None:
         parts = self.live[family.source]
         parts[family.index] = parts[family.index] | live
+
+
+def makes(node: Node) -> bool:
+    """Tell whether a node makes a tensor that is the same everywhere, of a size that the code may read off a module."""
+    name = op_name(node).removeprefix("new_")
+    return node.op == "call_function" and name in ("zeros", "ones", "full", "scalar_tensor")
 
 
 def _reached(family: Contraction, shape: list[int], weight: Tensor, live: Tensor) -> Tensor:

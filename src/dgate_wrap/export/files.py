@@ -153,7 +153,8 @@ def _cut(c: dict[str, Any]) -> Cut:
 
 
 def _digest(plan: dict[str, Any]) -> str:
-    text = json.dumps({k: v for k, v in plan.items() if k != "plan_sha256"}, sort_keys=True)
+    read = json.loads(json.dumps({k: v for k, v in plan.items() if k != "plan_sha256"}))  # axes as text, which sort so
+    text = json.dumps(read, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

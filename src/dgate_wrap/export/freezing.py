@@ -8,8 +8,9 @@ from torch.fx import Node
 
 from ..tracing.origins import owner, place
 from .culprits import Call
+from .facts import makes
 from .subject import Subject
-from .vectors import Frozen, makes
+from .vectors import Frozen
 
 
 def colder(subject: Subject, calls: list[Call], frozen: Frozen, path: str, filled: set[str]) -> Frozen | None:

@@ -421,5 +421,5 @@ def _takes(call: Call) -> tuple[list[Tensor], list[int], Any, dict[int, str]]:
 
 def _is_stock(module: nn.Module) -> bool:
     """Tell whether a module is a layer of torch's, with torch's own forward and plain parameters."""
-    own = type(module).forward.__module__.startswith("torch.nn.modules.") and "forward" not in vars(module)
+    own = (type(module).forward.__module__ or "").startswith("torch.nn.modules.") and "forward" not in vars(module)
     return isinstance(module, _LAYERS) and own and not torch.nn.utils.parametrize.is_parametrized(module)

@@ -21,7 +21,7 @@ from .cuts import Cut, by_group, cut_axes, indices
 from .demands import norms
 from .recipes import Recipe
 from .rewritten import Rewritten, rewritten
-from .scatter import Picked, Scatter, filled_name, find_picks, find_scatters
+from .scatter import Picked, Scatter, filled_name, find_picks, find_scatters, name_sizes
 from .selection import SelectInputs
 from .vectors import Columns
 from .widths import Fold, Widths
@@ -141,7 +141,20 @@ class Draft:
         kept = {p: r for p, r in self.plan.recipes.items() if p not in inside}
         tensors = {n: t for n, t in self.tensors.items() if n not in gone}
         tensors |= {prefix + n: t for n, t in constants.items()}
-        return replace(self, plan=replace(self.plan, recipes={**kept, path: recipe}), tensors=tensors)
+        dropped = {prefix + n for n in recipe.drops}
+        read = {prefix + target for _, op, target, *_ in recipe.steps if op == "get_attr"}
+        layers = {*self.plan.scatters, *self.plan.picks, *self.plan.new_biases}
+        lost = {p for p in layers if f"{p}.weight".lstrip(".") in dropped and f"{p}.bias".lstrip(".") not in read}
+        biases = {f"{p}.bias".lstrip(".") for p in lost.intersection(self.plan.new_biases)}
+        gone = {filled_name(p) for p in lost} | biases
+        plan = replace(
+            self.plan,
+            recipes={**kept, path: recipe},
+            new_biases=[p for p in self.plan.new_biases if p not in lost],
+            scatters={p: s for p, s in self.plan.scatters.items() if p not in lost},
+            picks={p: s for p, s in self.plan.picks.items() if p not in lost},
+        )
+        return replace(self, plan=plan, tensors={n: t for n, t in tensors.items() if n not in gone})
 
 
 def covers(path: str, recipe: Recipe, other: str) -> bool:
@@ -209,7 +222,7 @@ def _leave_fused(model: nn.Module) -> None:
 
 
 def resize_attributes(module: nn.Module) -> None:
-    """Set the sizes that a stock module remembers to those of its tensors."""
+    """Set the sizes that a stock module remembers to those of its tensors, or of what its hooks make of them."""
     m = cast(Any, module)
     if isinstance(module, Rewritten):
         return
@@ -241,6 +254,7 @@ def resize_attributes(module: nn.Module) -> None:
         m.nx, m.nf = m.weight.shape  # of Hugging Face: a linear layer with the weight transposed
     elif isinstance(module, nn.RNNCellBase):
         m.input_size, m.hidden_size = m.weight_ih.shape[1], m.weight_hh.shape[1]
+    name_sizes(module)
 
 
 _SIZED = (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.modules.batchnorm._BatchNorm)

@@ -58,6 +58,11 @@ class Scatter:
             layer.register_buffer("_filled", cast(Tensor, constants).to(weight), persistent=False)
             hook.__dict__["constants"] = layer._filled
         layer.register_forward_hook(hook)
+        self.name_size(layer)
+
+    def name_size(self, layer: nn.Module) -> None:
+        """Let a layer name as many outputs as it gives, which adapters and code around it go by."""
+        _name(layer, ("out_features", "out_channels", "nf"), len(self.stays))
 
     def __call__(self, layer: Any, args: Any, out: Tensor) -> Tensor:
         """Return all channels."""
@@ -84,16 +89,23 @@ class Picked:
     Args:
         axis: The channels' axis, from the end.
         read: Which of them it reads.
+        count: How many there are.
     """
 
     axis: int
     read: list[int]
+    count: int
 
     def attach(self, layer: nn.Module) -> None:
         """Make a layer take all channels."""
         device = cast(Tensor, layer.weight).device
         layer.register_buffer("_read", torch.tensor(self.read, device=device), persistent=False)
         layer.register_forward_pre_hook(self, with_kwargs=True)
+        self.name_size(layer)
+
+    def name_size(self, layer: nn.Module) -> None:
+        """Let a layer name as many inputs as it takes."""
+        _name(layer, ("in_features", "in_channels", "nx"), self.count)
 
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> tuple[Any, ...]:
         """Return the arguments with the channels that the layer reads."""
@@ -105,6 +117,19 @@ class Picked:
 
     def _of(self, layer: nn.Module, x: Tensor) -> Tensor:
         return x.index_select(self.axis, _held(layer, "_read", self.read).to(x.device))
+
+
+def _name(layer: nn.Module, names: Collection[str], size: int) -> None:
+    for name in names:
+        if name in layer.__dict__:
+            setattr(layer, name, size)
+
+
+def name_sizes(layer: nn.Module) -> None:
+    """Let a layer name the sizes that its hooks make of those of its weight."""
+    for hook in (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()):
+        if isinstance(hook, Scatter | Picked):
+            hook.name_size(layer)
 
 
 def held_by_code(widths: Widths, layers: Mapping[Node, str]) -> set[str]:
@@ -148,7 +173,7 @@ def find_picks(widths: Widths, layers: Mapping[Node, str]) -> dict[str, Picked]:
         read = read_of(widths, node)
         if not read.all():
             axis = family.x_axis - len(widths.keep[family.x])
-            picks[layers[node]] = Picked(axis, read.nonzero().flatten().tolist())
+            picks[layers[node]] = Picked(axis, read.nonzero().flatten().tolist(), read.numel())
     return picks
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..tracing.families import Pick
-from ..tracing.operations import op_name, shape_of
+from ..tracing.operations import shape_of
 from ..tracing.origins import operation, owner, where
-from .facts import Facts
+from .facts import Facts, makes
 from .masks import any_of, is_any, others
 
 NEEDED = 0
@@ -84,18 +84,6 @@ class Allowed:
     unit: int = 1
     rewrite: bool = False
     frozen: Frozen = Frozen()
-
-
-def makes(node: Node) -> bool:
-    """Tell whether a node makes a tensor that is the same everywhere, of a size that the code may read off a module."""
-    return node.op == "call_function" and op_name(node) in (
-        "zeros",
-        "ones",
-        "full",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-    )
 
 
 class Vectors:

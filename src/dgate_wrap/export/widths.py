@@ -20,10 +20,10 @@ from ..tracing.operations import op_name, shape_of
 from ..tracing.origins import owner
 from .constants import rounding
 from .demands import demand
-from .facts import Facts
+from .facts import Facts, makes
 from .masks import any_of, is_any, on_axis, project
 from .terms import Terms
-from .vectors import NEEDED, Allowed, Vectors, makes
+from .vectors import NEEDED, Allowed, Vectors
 
 _HALVES = 8
 """Of so many elements kernels ask that sizes are multiples, if these are halves: 16 bytes."""

@@ -32,10 +32,11 @@ def blocks(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
     """Every residual branch as a whole, so that depth can shrink.
 
     A branch is what is added to a value from which it was computed, or to a purely linear shortcut from there, as a
-    skip that a parameter scales (beside a branch that ends in a layer); where several are added at once (parallel attention and feed-forward), each is a group. The group is the last weights of
-    the branch: a layer scale, the weight and bias of a norm, or of a linear layer or convolution. Zeroing it makes
-    the branch exactly zero, and the skip is what remains. Uses of shared weights are one group; a branch whose last
-    weights, or whose value, also serve elsewhere is left alone.
+    skip that a parameter scales (beside a branch that ends in a layer); where several are added at once (parallel
+    attention and feed-forward), each is a group. The group is the last weights of the branch: a layer scale, the weight
+    and bias of a norm, or of a linear layer or convolution. Zeroing it makes the branch exactly zero, and the skip is
+    what remains. Uses of shared weights are one group; a branch whose last weights, or whose value, also serve
+    elsewhere is left alone.
     """
     flow = Flow(trace)
     found: list[Found] = []

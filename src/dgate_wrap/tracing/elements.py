@@ -94,6 +94,17 @@ class Elements(Products):
         words[i] = torch.full_like(words[i], DATA)
         return True
 
+    def _gather_adjusting(self, i: int, operands: list[Node], words: list[Tensor]) -> None:
+        """Unite what is computed from weights, and not zero if they are, along axes that an operand lacks.
+
+        As the decays of a state space model, ``-exp(A)`` of shape ``(channels, states)``, belong to the channels.
+        """
+        lacking = [a for a in range(words[i].dim()) if words[i].shape[a] == 1]
+        for j, n in enumerate(operands):
+            held = words[j][words[j] >= 0]
+            if n not in self.varying and held.numel() and bool((state_of(held) == FIXED).all()):
+                words[j] = self._unite_over(words[j], lacking)
+
     def _probe(self, node: Node, family: Pointwise, words: list[Tensor]) -> Tensor:
         """Return the state of every output by running the real operation: zeros where operands are zero, else noise."""
         held_by = [self._state_of(n, w) for n, w in zip(family.operands, words, strict=True)]

@@ -217,6 +217,10 @@ class Interpreter(Layers):
                 if self._reads_outer(node, family, i, words):
                     labels[i] = label_of(words[i])
                     continue
+                self._gather_adjusting(i, operands, words)
+                labels = [label_of(w) for w in words]
+                if not self._follows(i, labels, real):
+                    continue
                 self.structure.flag("follower", labels[i], self._says(node, "it acts on several channels at once"))
                 words[i] = torch.where(words[i] >= 0, DATA if n in self.varying else CONSTANT, words[i])
                 labels[i] = label_of(words[i])

@@ -91,7 +91,8 @@ def varying_nodes(trace: Trace) -> frozenset[Node]:
     """Return the nodes whose value depends on the model's inputs, or on chance."""
     found = {n for n, s in trace.sources.items() if s.kind == "input"}
     for node in trace.nodes:
-        if any(n in found for n in node.all_input_nodes) or is_random(node):
+        read = node.all_input_nodes[: 1 if op_name(node) == "type_as" else None]  # of the other, the dtype alone
+        if any(n in found for n in read) or is_random(node):
             found.add(node)
     return frozenset(found)
 

@@ -99,11 +99,14 @@ class Weights(Words):
         if isinstance(family, NormedWeight):
             return self._produce_normed(family, labels, role)
         slots = self._scattered(weight, labels)
+        if slots is None and weight not in self.varying:
+            if self._produce_computed(weight, labels):
+                return ZERO
+            slots = self._scattered(weight, labels, products=True)
         if slots is not None:
             if first:
                 self.structure.slots.extend(Slot(name, found, role) for name, found in slots)
-            return ZERO
-        if weight in self.varying or not self._produce_computed(weight, labels):
+        else:
             why = "its weight is computed from other values" if weight.op != "placeholder" else "its weight is fixed"
             self.structure.flag("frozen", labels, self._says(node, why))
         return ZERO
@@ -148,8 +151,8 @@ class Weights(Words):
             family = self.families.get(family.source)
         if isinstance(family, Pointwise) and op_name(node) in COPIES:
             return self._scattered(family.operands[0], labels, products=products)
-        if products and isinstance(family, Pointwise) and family.product and node not in self.varying:
-            return self._factored(family, labels.expand(shape_of(node)))
+        if products and isinstance(family, Pointwise) and node not in self.varying:
+            return self._factored(_factors(node, family), labels.expand(shape_of(node)))
         if products and isinstance(family, NormedWeight) and labels.shape[family.axis] == 1:
             return self._scattered(family.v, labels, products=True)
         if not isinstance(family, Movement) or node in self.varying:
@@ -157,10 +160,10 @@ class Weights(Words):
         index = cast(Pick, self.families[node]).index if isinstance(self.families[node], Pick) else 0
         return self._scattered_back(family, index, labels.expand(shape_of(node)), products)
 
-    def _factored(self, family: Pointwise, labels: Tensor) -> list[tuple[str, Tensor]] | None:
+    def _factored(self, factors: list[Node], labels: Tensor) -> list[tuple[str, Tensor]] | None:
         """Carry labels of a product back to the factors along whose axes they differ."""
         out: list[tuple[str, Tensor]] = []
-        for n in family.operands:
+        for n in factors:
             shape = shape_of(n)
             full = (1,) * (labels.dim() - len(shape)) + shape
             repeated = [a for a, size in enumerate(full) if size == 1]
@@ -205,3 +208,11 @@ class Weights(Words):
     def _is_parameter(self, node: Node) -> bool:
         words = self.structure.words.get(node)
         return isinstance(words, Tensor) and bool((words >= 0).all())
+
+
+def _factors(node: Node, family: Pointwise) -> list[Node]:
+    """Return the operands any of which makes a result zero where it is zero."""
+    name = op_name(node)
+    if name == "div":
+        return [n for n in family.operands if n is node.args[0]]
+    return list(family.operands) if family.product or name == "neg" else []
