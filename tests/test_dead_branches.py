@@ -12,6 +12,7 @@ import torch
 from networks import randomize
 from oracles import all_gates, kill_every_second
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import dgate_wrap as dg
 
@@ -637,3 +638,110 @@ def test_a_branch_that_is_gone_leaves_no_bias_that_was_made_for_it(groups: str) 
     left = dict(exported.model.shapes.named_modules()).get("0", nn.Identity())
     assert not list(left.children())
     assert not list(left.parameters())
+
+
+class Fusion(nn.Module):
+    """Towers of three modalities, whose features lie side by side before a common layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pooled = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(6, 8))
+        table = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 8))
+        self.towers = nn.ModuleDict({"image": pooled, "text": nn.EmbeddingBag(20, 8), "table": table})
+        self.head = nn.Sequential(nn.Linear(24, 10), nn.ReLU(), nn.Linear(10, 3))
+
+    def forward(self, image: Tensor, text: Tensor, table: Tensor) -> Tensor:
+        given = {"image": image, "text": text, "table": table}
+        return self.head(torch.cat([tower(given[name]) for name, tower in self.towers.items()], 1))
+
+
+def modalities_of(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(batch, 3, 8, 8), torch.randint(0, 20, (batch, 6)), torch.randn(batch, 5)
+
+
+@pytest.mark.parametrize("dead", [("image",), ("text",), ("table",), ("image", "text")])
+def test_a_dead_modality_leaves_nothing_behind(dead: tuple[str, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Fusion(), modalities_of(2)
+    dg.gate(model, "modalities", example_inputs=x)
+    with torch.no_grad():
+        all_gates(model)[0].gamma[[i for i, name in enumerate(model.towers) if name in dead]] = 0
+    exported = dg.export(model.eval(), x, latency=False)
+    small = exported.model
+    assert exported.report.removed == len(dead)
+    assert exported.report.kept == []
+    assert exported.report.gone == [f"towers.{name}" for name in dead]
+    assert small.head[0].weight.shape == (10, 24 - 8 * len(dead))
+    more = modalities_of(5)
+    expected = model(*more)
+    assert torch.allclose(small(*more), expected, atol=1e-5)
+    for copied in (
+        dg.load(dg.save(exported, tmp_path), Fusion()).eval(),
+        dg.expand(exported, Fusion(), x),
+        torch.compile(small, backend="aot_eager", fullgraph=True),
+    ):
+        assert torch.allclose(copied(*more), expected, atol=1e-5)
+
+
+class Stacked(nn.Module):
+    """Shape functions of all features in one tensor each, with a bias per function that is added before the sum."""
+
+    def __init__(self, each: bool) -> None:
+        super().__init__()
+        self.w1, self.b1, self.w2 = (nn.Parameter(torch.randn(shape)) for shape in ((6, 5), (6, 5), (6, 5, 3)))
+        self.b2 = nn.Parameter(torch.randn(6, 3) if each else torch.randn(6, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (x.unsqueeze(-1) * self.w1 + self.b1).relu()
+        return (torch.einsum("bfh,fho->bfo", h, self.w2) + self.b2).sum(1)
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_constants_of_a_sum_go_into_what_is_added_before_it(each: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Stacked(each), torch.randn(4, 6)
+    dg.gate(model, "shape_functions", example_inputs=x)
+    with torch.no_grad():
+        all_gates(model)[0].gamma[[0, 2, 3]] = 0
+    exported = dg.export(model.eval(), x, latency=False)
+    assert exported.report.removed == (3 if each else 0)  # one number per function cannot hold several
+    assert exported.model.w2.shape == ((3, 5, 3) if each else (6, 5, 3))
+    assert exported.report.rewritten == []
+    more = torch.randn(7, 6)
+    for net in (
+        exported.model,
+        dg.load(dg.save(exported, tmp_path), Stacked(each)),
+        dg.expand(exported, Stacked(each), x),
+    ):
+        assert torch.allclose(net(more), model(more), atol=1e-5)
+
+
+class Edges(nn.Module):
+    """A layer of a Kolmogorov-Arnold network: a function per edge, summed over the edges that end at a node."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.base, self.coef = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(inputs, outputs, 4))
+        self.grid = nn.Buffer(torch.linspace(-1, 1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bumps = torch.exp(-((x[..., None] - self.grid) ** 2))
+        y = torch.einsum("bik,iok->bio", bumps, self.coef)
+        return (self.base[None] * F.silu(x)[:, :, None] + y).sum(1)
+
+
+def test_nodes_of_a_kolmogorov_arnold_network_go() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Edges(4, 5), Edges(5, 2)), torch.randn(3, 4)
+    dg.gate(model, "hidden", example_inputs=x)
+    assert len(dg.groups(model)) == 5
+    with torch.no_grad():
+        all_gates(model)[0].gamma[[0, 2]] = 0
+    exported = dg.export(model.eval(), x, latency=False)
+    assert exported.report.removed == 2
+    shapes = {n: tuple(p.shape) for n, p in exported.model.named_parameters()}
+    assert shapes == {"0.base": (4, 3), "0.coef": (4, 3, 4), "1.base": (3, 2), "1.coef": (3, 2, 4)}
+    more = torch.randn(7, 4)
+    assert torch.allclose(exported.model(more), model(more), atol=1e-5)
+    kept = dg.export(model, x, rewrite=False, latency=False)
+    assert kept.report.removed == 0  # the code of the second layer has no parameter for their constants

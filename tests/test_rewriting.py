@@ -2743,3 +2743,16 @@ def test_dead_experts_go_where_the_router_has_to_stay(chosen: bool) -> None:
     assert exported.report.removed == 2
     more = torch.randn(9, 12)
     torch.testing.assert_close(exported.model(more), gated(more))
+
+
+def test_constants_that_are_lost_on_the_meta_device_are_not_read() -> None:
+    torch.manual_seed(0)
+    gated, x = dg.gate(Mixture(False), "experts", example_inputs=torch.randn(6, 12)), torch.randn(6, 12)
+    with torch.no_grad():
+        dg.gates.gated_tensors(gated)[0].gates.gamma[1] = 0
+    small = dg.export(gated.eval(), x, latency=False).model
+    empty = copy.deepcopy(small).to("meta")
+    assert empty(x.to("meta")).shape == x.shape
+    empty.load_state_dict(small.state_dict(), assign=True)
+    with pytest.raises(dg.ExportError, match="lost its constants"):
+        empty(x)

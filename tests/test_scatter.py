@@ -230,6 +230,13 @@ def test_layers_that_scatter_and_pick_are_quantized_and_exported_again() -> None
     assert torch.allclose(dg.export(again, x, latency=False).model(x), model(x), atol=1e-5)
 
 
+def test_layers_that_scatter_and_pick_come_back_from_the_meta_device() -> None:
+    _, exported, x = reader_with_dead_heads()
+    empty = copy.deepcopy(exported.model).to("meta")
+    empty.load_state_dict(exported.model.state_dict(), assign=True)
+    assert torch.equal(empty(x), exported.model(x))
+
+
 class Adapted(nn.Module):
     """An adapter of a layer, of the sizes that the layer names."""
 

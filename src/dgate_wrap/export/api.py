@@ -444,7 +444,7 @@ def _report(
         removed += int((dead[id(gates)] & ~stays).sum())
         start += gates.num_groups
     folded = [f"{n.name}: bias" if f.carrier is None else f"{n.name}: one channel" for n, f in widths.folds.items()]
-    folded += [f"{n.name}: one term" for n in widths.merged]
+    folded += [f"{n.name}: one term" for n in (*widths.merged, *widths.added)]
     return Report(
         replace(before, latency=times[0].get("")),
         replace(after, latency=times[1].get("")),

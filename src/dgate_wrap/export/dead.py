@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import Node
 
+from ..tracing.operations import op_name
 from ..tracing.origins import owner, owners
 from .facts import Facts
 
@@ -46,6 +47,21 @@ def find_dead(facts: Facts) -> list[Branch]:
         found.setdefault(meets if meets and 2 * len(idle) >= len(inside) else None, []).append(path)
     alone = [Branch((p,), None) for p in found.pop(None, [])]
     return [*(Branch(tuple(paths), meets) for meets, paths in found.items()), *alone]
+
+
+def beside_others(facts: Facts) -> frozenset[Node]:
+    """Return the nodes of dead modules all of whose results lie beside others only: they need give nothing at all."""
+    spans: dict[str, set[Node]] = {p: set() for branch in find_dead(facts) for p in branch.paths}
+    for node in facts.nodes:
+        for path in owners(node).values() if node.op == "call_function" else ():
+            if path in spans:
+                spans[path].add(node)
+    found: set[Node] = set()
+    for span in spans.values():
+        users = {u for n in span for u in n.users if u not in span}
+        if users and all(op_name(u) == "cat" for u in users):
+            found |= span
+    return frozenset(found)
 
 
 def _with_idle_parameters(facts: Facts, dead: list[str]) -> set[str]:

@@ -113,10 +113,24 @@ def _regroups(w: Vectors, node: Node) -> bool:
 
 
 def _keep_nonzero(w: Vectors, x: Node, axis: int, node: Node) -> None:
-    """Keep what adds a constant to a sum along an axis."""
+    """Keep what adds a constant to a sum along an axis, if nothing that is added beside it can hold it."""
+    family = w.facts.families[node]
+    if isinstance(family, Mixing) and can_add(w, family, node):
+        return
     if all(bool(k.any()) for o in w.facts.outputs(node) for k in w.keep[o]):
         adds = project(w.facts.nonzero_constant(x), axis)
-        w.grow(x, axis, adds, w.says(node, "it adds a constant to a sum"))
+        says = w.written_down if isinstance(family, Mixing) and _is_plain_sum(family, node) else w.says
+        w.grow(x, axis, adds, says(node, "it adds a constant to a sum"))
+
+
+def can_add(w: Vectors, family: Mixing, node: Node) -> bool:
+    """Tell whether constants can be added beside the terms of a sum: by a parameter, or in a forward written anew."""
+    held = w.allowed.can_carry(node) and w.facts.addend(node) is not None
+    return _is_plain_sum(family, node) and (held or w.allowed.rewrite)
+
+
+def _is_plain_sum(family: Mixing, node: Node) -> bool:
+    return family.kind == "reduction" and op_name(node) == "sum" and len(family.mixed) == 1
 
 
 @demand.register

@@ -140,7 +140,7 @@ class Facts(Constants):
         family = self.families.get(node)
         if isinstance(family, Pointwise):
             size, back = shape_of(node)[axis], axis - len(shape_of(node))
-            made = [n for n in family.operands if n in self.varying and shape_of(n)[back:][:1] == (size,)]
+            made = [n for n in family.operands if n in self.varying and _size_at(n, back) == size]
             return any(self._is_made_whole(n, len(shape_of(n)) + back) for n in made)
         if isinstance(family, Mixing) and axis in family.out_axis:
             before = family.out_axis.index(axis)
@@ -162,6 +162,22 @@ class Facts(Constants):
             if shape[before] == places.shape[axis] and bool((places // rest % shape[before] == index).all()):
                 return before
             rest *= shape[before]
+        return None
+
+    def addend(self, node: Node) -> tuple[Node, int] | None:
+        """Return the parameter that is added to what a sum adds up along an axis, and which of its axes that is."""
+        family = self.families.get(node)
+        if not isinstance(family, Mixing) or op_name(node) != "sum" or len(family.mixed) != 1:
+            return None
+        x, [axis] = family.x, family.mixed
+        inner = self.families.get(x)
+        if not isinstance(inner, Pointwise) or op_name(x) != "add" or x.kwargs or len(x.users) != 1:
+            return None
+        back = axis - len(shape_of(x))
+        for n in inner.operands:
+            source = self.trace.sources.get(n)
+            if source is not None and source.kind == "parameter" and _size_at(n, back) == shape_of(x)[axis]:
+                return n, len(shape_of(n)) + back
         return None
 
     def moves_scores(self, family: Attention) -> Tensor:
@@ -417,6 +433,12 @@ class Facts(Constants):
     def _(self, family: Pick, node: Node, live: Any) -> None:
         parts = self.live[family.source]
         parts[family.index] = parts[family.index] | live
+
+
+def _size_at(node: Node, back: int) -> int | None:
+    """Return the size of a tensor along an axis counted from the last one, if it has so many."""
+    shape = shape_of(node)
+    return shape[back] if -back <= len(shape) else None
 
 
 def makes(node: Node) -> bool:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..tracing import Trace
 from ..tracing.families import Contraction, Mixing, NormedWeight, Product, Recurrence
 from ..tracing.operations import shape_of
 from ..tracing.origins import owner
 from .cuts import Cut, by_group, cut_axes, indices
 from .demands import norms
+from .facts import Facts
 from .recipes import Recipe
 from .rewritten import Rewritten, rewritten
 from .scatter import Picked, Scatter, filled_name, find_picks, find_scatters, name_sizes
@@ -267,10 +267,11 @@ class Permissions:
     the others; of a layer that is called several times, unless the same is folded everywhere.
     """
 
-    def __init__(self, model: nn.Module, trace: Trace, families: Mapping[Node, Any]) -> None:
+    def __init__(self, model: nn.Module, facts: Facts) -> None:
         self._model = model
-        self._sources = trace.sources
-        self._families = families
+        self._facts = facts
+        self._sources = facts.trace.sources
+        self._families: Mapping[Node, Any] = facts.families
         self._modules = dict(model.named_modules())
         self.owners: dict[int, list[tuple[str, nn.Module]]] = {}
         for prefix, module in model.named_modules():
@@ -318,6 +319,9 @@ class Permissions:
     def can_carry(self, node: Node) -> bool:
         """Tell whether the weights of what reads an activation may be changed."""
         family = self._families[node]
+        if isinstance(family, Mixing):
+            found = self._facts.addend(node)
+            return found is not None and self._free_parameter(found[0])
         if isinstance(family, Product):
             a, b = (dict(zip(x, shape_of(n), strict=True)) for n, x in family.operands)
             equal = all(a[c] == b[c] for c in a.keys() & b.keys())

@@ -239,8 +239,8 @@ class Writing:
     def _emit_constant(self, node: Node, value: Tensor) -> Any:
         shape, sizes = node.meta["val"].shape, list(value.shape)
         for axis in range(value.dim()):  # what is the same all along an axis is held once
-            first = value.narrow(axis, 0, 1)
-            value = first if first.numel() and bool((value == first).all()) else value
+            first = value.narrow(axis, 0, min(1, value.shape[axis]))
+            value = first if bool((value == first).all()) else value
         held = self.graph.get_attr(self.hold(value))
         if not any(map(is_open, shape)) and sizes == list(value.shape):
             return held
@@ -329,7 +329,7 @@ class Writing:
         made = rule(self, node, args, kwargs) if rule is not None else None
         if made is None:
             made = self.graph.call_function(cast(Any, node.target), tuple(args), kwargs)
-        return self._scattered(node, self._with_bias(node, made))
+        return self._scattered(node, self._with_sum(node, self._with_bias(node, made)))
 
     def _returned(self, child: Child, node: Node) -> Node:
         """Call a module, once, and return what it gives for a node."""
@@ -487,6 +487,18 @@ class Writing:
             made.args = (*made.args[:2], held, *made.args[3:])
             return made
         return self._plus(node, made, family.out_axis, held)
+
+    def _with_sum(self, node: Node, made: Any) -> Any:
+        """Add the constants of terms that a sum lost."""
+        twin = self.r.twin(node)
+        more = self.r.widths.added.get(twin)
+        if more is None:
+            return made
+        for axis, kept in enumerate(self.r.widths.keep[twin]):
+            if more.shape[axis] > 1:
+                more = more.index_select(axis, kept.nonzero().flatten())
+        held = self.graph.get_attr(self.hold(more.to(self.facts.values[twin].dtype)))
+        return self.graph.call_function(torch.ops.aten.add.Tensor, (made, held))
 
     def _left_over(self, node: Node) -> Fold | None:
         """Return the constants of a contraction for which no bias can be changed or made."""

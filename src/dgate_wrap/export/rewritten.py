@@ -8,7 +8,7 @@ import keyword
 import re
 import types
 from abc import ABCMeta
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -151,8 +151,21 @@ class Rewritten(nn.Module):
                     expected=f"{name} of the form it had when it was exported: {form}",
                     mend="export with example inputs of this form, or dg.export(..., rewrite=False) to keep its code",
                 )
+        if any(x.is_meta for x in self._buffers.values() if x is not None):
+            self._graft_require_meta(found.values())
         results = self._graft_run(self, *(found[i] for i in range(len(found))))
         return build_tree(self._graft_recipe.gives, results)
+
+    def _graft_require_meta(self, given: Iterable[Any]) -> None:
+        """Require that what is given is on the meta device, as constants are: indices there would read anything."""
+        held = {n: self._buffers.get(n) for n in self._graft_recipe.constants}
+        lost = [n for n, x in held.items() if x is not None and x.is_meta]
+        if lost and not all(x.is_meta for x in given if isinstance(x, Tensor)):
+            raise ExportError(
+                f"the rewritten {self._graft_name} lost its constants ({', '.join(lost)}) on the meta device.",
+                expected="constants with values: they are buffers that are in no state dict",
+                mend="dg.load(folder, YourModel()), or move the model without the meta device",
+            )
 
     def _graft_wanted(self, i: int, value: Any) -> str | None:
         """Say what a given tensor should be, where it is something else that the graph cannot take."""

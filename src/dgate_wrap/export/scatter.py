@@ -77,9 +77,15 @@ class Scatter:
 
 
 def _held(layer: nn.Module, name: str, otherwise: Tensor | list[int]) -> Tensor:
-    """Return a buffer of a layer; of one that took over its hooks alone, as a quantized one does, what it held."""
+    """Return a buffer of a layer, or what it held.
+
+    Of a layer that took over its hooks alone, as a quantized one does, or that came back from the meta device, to which
+    its buffers, which are in no state dict, were lost.
+    """
     held = layer._buffers.get(name)
-    return held if held is not None else torch.as_tensor(otherwise)
+    weight = getattr(layer, "weight", None)
+    lost = held is None or (held.is_meta and isinstance(weight, Tensor) and not weight.is_meta)
+    return torch.as_tensor(otherwise) if lost else cast(Tensor, held)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from .culprits import (
     record_calls,
     values_on,
 )
-from .dead import Branch, find_dead
+from .dead import Branch, beside_others, find_dead
 from .dropouts import attention_dropouts
 from .facts import Facts
 from .freezing import colder
@@ -178,7 +178,7 @@ class _Search:
 
     def _set(self, subject: Subject) -> None:
         self.subject = subject
-        self.permissions = Permissions(subject.model, subject.facts.trace, subject.facts.families)
+        self.permissions = Permissions(subject.model, subject.facts)
         self._calls: list[Call] | None = None
         self._elsewhere: list[dict[str, list[Seen]]] | None = None
         self._runs: tuple[dict[Node, float], frozenset[str]] | None = None
@@ -195,15 +195,38 @@ class _Search:
         return not {*self._lost_uses(found)} - (set() if masks else {MASK})
 
     def sparser(self, found: Found) -> Found:
-        """Let layers compute and read less than the sizes around them, where code keeps these or it spares time."""
+        """Let layers compute and read less than the sizes around them, where code keeps these or it spares time.
+
+        And let dead modules whose results lie beside others give nothing.
+        """
         before = self.subject
         if before is not found.subject:
             self._set(found.subject)
         try:
-            return self._sparser(found)
+            return self._sparser(self._without_remains(found))
         finally:
             if before is not found.subject:
                 self._set(before)
+
+    def _without_remains(self, found: Found) -> Found:
+        gone = beside_others(self.subject.facts) if found.widths.allowed.rewrite else None
+        if not gone:
+            return found
+        widths = Widths(self.subject.facts, replace(found.widths.allowed, gone=gone))
+        return self._better(found, widths) or found
+
+    def _better(self, found: Found, widths: Widths) -> Found | None:
+        """Return the network of other widths, if it is equal, smaller than one that was found, and as usable."""
+        draft = Draft(*make_plan(widths, self.permissions, select_inputs=self._select_inputs))
+        try:
+            better = self._first_proven(draft, widths, found.frozen, rewrite=widths.allowed.rewrite)
+        except ExportError:
+            return None
+        if not isinstance(better, Found) or better.size >= found.size:
+            return None
+        if {*self._lost_uses(better)} - {*self._lost_uses(found)} or self._fails_in_training(better) is not None:
+            return None
+        return replace(better, by_batch=found.by_batch, uncached=found.uncached)
 
     def _sparser(self, found: Found) -> Found:
         frozen, allowed, layers = found.frozen, found.widths.allowed, self.permissions.scattering
@@ -217,16 +240,7 @@ class _Search:
         if rows == allowed.scattered and not columns:
             return found
         widths = Widths(self.subject.facts, replace(allowed, scattered=rows, leaves_idle=idle, picking=columns))
-        draft = Draft(*make_plan(widths, self.permissions, select_inputs=self._select_inputs))
-        try:
-            better = self._first_proven(draft, widths, frozen, rewrite=allowed.rewrite)
-        except ExportError:
-            return found
-        if not isinstance(better, Found) or better.size >= found.size:
-            return found
-        if {*self._lost_uses(better)} - {*self._lost_uses(found)} or self._fails_in_training(better) is not None:
-            return found
-        return replace(better, by_batch=found.by_batch, uncached=found.uncached)
+        return self._better(found, widths) or found
 
     def loses_cache(self, found: Found) -> bool:
         """Tell whether a network cannot be used with a cache as the dense one can."""
@@ -428,7 +442,7 @@ class _Search:
         owners = [self.dense.get_submodule(n.rpartition(".")[0]) for n in draft.tensors]
         new = any(n not in draft.plan.cuts for n in draft.tensors)
         scaled = any(isinstance(f, NormedWeight) for f in widths.facts.families.values())
-        folded = bool(widths.folds or widths.merged)
+        folded = bool(widths.folds or widths.merged or widths.added)
         return new or scaled or folded or any(isinstance(m, nn.RMSNorm) for m in owners)
 
     def named(self, failure: ExportError) -> ExportError:

@@ -71,6 +71,7 @@ class Allowed:
         unit: Of how many elements kernels that read several at a time ask that sizes are multiples.
         rewrite: Whether forwards may be written anew, in which lengths, numbers of groups and scales become others.
         frozen: What has to stay whole for the user's code to run.
+        gone: Nodes of modules that give what is left of constants, whatever is left of their inputs and weights.
     """
 
     can_bias: Callable[[Node], bool]
@@ -84,6 +85,7 @@ class Allowed:
     unit: int = 1
     rewrite: bool = False
     frozen: Frozen = Frozen()
+    gone: frozenset[Node] = frozenset()
 
 
 class Vectors:

@@ -6,6 +6,7 @@ the tensors that are left; so the search ends. Each index remembers why it stays
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..tracing.families import Contraction, Movement, Product, Recurrence
+from ..tracing.families import Contraction, Mixing, Movement, Product, Recurrence
 from ..tracing.operations import op_name, shape_of
 from ..tracing.origins import owner
-from .constants import rounding
-from .demands import demand
+from .constants import held_once, rounding
+from .demands import can_add, demand
 from .facts import Facts, makes
 from .masks import any_of, is_any, on_axis, project
 from .terms import Terms
@@ -69,6 +70,8 @@ class Widths(Vectors):
         self.folds: dict[Node, Fold] = {}
         self.merged: dict[Node, tuple[Node, Tensor]] = {}
         """Per sum of products with a weight that lost constants: the weight, and what is added to it instead."""
+        self.added: dict[Node, Tensor] = {}
+        """Per sum that lost constants in a forward that is written anew: what is added to it."""
         self.filled: set[str] = set()
         """Modules in which something would have been left empty."""
         self._start()
@@ -158,6 +161,8 @@ class Widths(Vectors):
         while True:
             self.grown.clear()
             for node in asked:
+                if node in self.allowed.gone:
+                    continue
                 demand(self.facts.families[node], node, self)
             if not self.grown and asked is everyone:
                 self._fold_all()
@@ -175,16 +180,20 @@ class Widths(Vectors):
     def _fold_all(self) -> None:
         self.folds.clear()
         self.merged.clear()
+        self.added.clear()
         for node, family in self.facts.families.items():
             if maps := self.maps(node):
                 self._fold(maps, node)
             elif isinstance(family, Product) and self.allowed.can_carry(node):
                 self._merge(family, node)
+            elif isinstance(family, Mixing) and can_add(self, family, node):
+                self._add_up(family, node)
 
     def _fill_empty(self) -> bool:
         """Keep one index of every axis that would be left empty: a layer never becomes empty."""
         reason = self.reason("it is the last one of a layer, which never becomes empty")
-        empty = {key: axes for key, vectors in self.keep.items() if (axes := _empty_axes(vectors))}
+        found = {key: axes for key, vectors in self.keep.items() if (axes := _empty_axes(vectors))}
+        empty = {key: axes for key, axes in found.items() if key not in self.allowed.gone}
         self.filled |= {owner(key) or "" for key in empty if isinstance(key, Node) and key.op == "call_function"}
         for key, axes in empty.items():
             last = len(self.keep[key]) - 1
@@ -296,6 +305,39 @@ class Widths(Vectors):
             self._keep_terms(terms, terms.at(strength), said)
         else:
             self.merged[node] = terms.weight, terms.carried(total, terms.at(held))
+
+    def _add_up(self, family: Mixing, node: Node) -> None:
+        """Let what is added beside the terms of a sum hold the constants of removed ones; or keep them.
+
+        That is a parameter, if the code adds one to the terms, or else a constant in a forward that is written anew.
+        """
+        x, [summed] = family.x, family.mixed
+        kept = self.keep[x][summed]
+        lost = ~kept & project(self.facts.nonzero_constant(x), summed)
+        known = ~project(self.facts.unknown[x], summed)
+        if not lost.any() or not all(bool(k.any()) for o in self.facts.outputs(node) for k in self.keep[o]):
+            return
+        if not kept.any() or bool((lost & ~known).any()):
+            self.grow(x, summed, lost, self.says(node, "it adds a constant to a sum"))
+            return
+        places = lost.nonzero().flatten()
+        total = self.facts.values[x].double().index_select(summed, places).sum(summed, keepdim=True)
+        for axis in range(total.dim()):
+            alike = held_once(total, axis)
+            total = total if alike is None else alike
+        found = self.facts.addend(node) if self.allowed.can_carry(node) else None
+        if found is not None:
+            parameter, axis = found
+            more = torch.zeros(shape_of(parameter), dtype=torch.float64)
+            carrier = more.narrow(axis, int(kept.nonzero()[0]), 1)
+            with contextlib.suppress(RuntimeError):  # it differs along axes that the parameter lacks
+                carrier.copy_(total.squeeze(tuple(range(total.dim() - carrier.dim()))))
+                self.merged[node] = parameter, more
+                return
+        elif self.allowed.rewrite and sum(size > 1 for size in total.shape) <= 1:
+            self.added[node] = total.squeeze(summed) if family.out_axis[summed] is None else total
+            return
+        self.grow(x, summed, lost, self.says(node, "it is a constant that differs from position to position"))
 
     def _keep_terms(self, terms: Terms, chosen: Tensor, why: int) -> None:
         """Keep the indices over which is summed that some terms have."""

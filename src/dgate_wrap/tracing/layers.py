@@ -53,6 +53,8 @@ class Layers(Elements):
         words = narrow(words)
         labels = label_of(words)
         wide = [a for a in axes if words.shape[a] > 1]
+        if family.kind == "reduction" and family.keeps_zero and self._varies_both_ways(labels, wide):
+            self.structure.unite(labels, labels.amax(wide, keepdim=True))  # edges: the nodes at which they end
         if not wide:
             same, top, data = torch.full_like(labels, True, dtype=torch.bool), labels, words == DATA
             state = state_of(words)
@@ -75,6 +77,11 @@ class Layers(Elements):
         if (family.kind == "scan" and op_name(node) != "cumsum") or op_name(node) == "logsumexp":
             state = state.clamp_min(FIXED)
         return torch.where(same & (top >= 0), top * 4 + state, torch.where(data, DATA, CONSTANT))
+
+    def _varies_both_ways(self, labels: Tensor, axes: list[int]) -> bool:
+        """Tell whether what layers make differs along some axes, and along others too."""
+        along = {a for a in range(labels.dim()) if self._varies(labels, a)}
+        return bool(along.intersection(axes)) and not along <= {*axes} and not self._from_input(labels)
 
     def _recur(self, node: Node, family: Recurrence, cell: Cell, column: Tensor) -> tuple[Tensor, Tensor]:
         """One layer in one direction: return the words of its units, and of what it gives to the next layer."""
