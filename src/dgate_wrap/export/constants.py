@@ -429,7 +429,7 @@ def held_once(value: Tensor, axis: int) -> Tensor | None:
     if not value.shape[axis]:
         return None
     once = value.narrow(axis, 0, 1)
-    if not value.is_floating_point():
+    if not value.is_floating_point() or not value.numel():
         return once if bool((value == once).all()) else None
     return once if float((value - once).abs().max()) <= rounding(value) * float(value.abs().max()) else None
 

@@ -34,7 +34,8 @@ def padded(model: nn.Module, inputs: Inputs) -> Inputs | None:
         return None
     tokens = next((x for x in inputs.leaves() if isinstance(x, Tensor)), torch.empty(0))
     taken = signature.parameters.values()
-    beside = any(p.name == "attention_mask" or p.kind is p.VAR_KEYWORD for p in taken)
+    any_name = not tokens.is_floating_point()  # a forward of tokens hands on whatever it is given, others may wonder
+    beside = any(p.name == "attention_mask" or (any_name and p.kind is p.VAR_KEYWORD) for p in taken)
     if not beside or {**given, **inputs.kwargs}.get("attention_mask") is not None:
         return None
     if tokens.dim() < 2 or tokens.shape[1] < 2:
