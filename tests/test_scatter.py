@@ -237,6 +237,30 @@ def test_layers_that_scatter_and_pick_come_back_from_the_meta_device() -> None:
     assert torch.equal(empty(x), exported.model(x))
 
 
+@pytest.mark.parametrize("dead", [[0], [1]])
+def test_what_dies_later_in_layers_that_scatter_and_pick_goes_too(dead: list[int], tmp_path: Path) -> None:
+    _, first, x = reader_with_dead_heads()
+    saved, copied = dg.save(first, tmp_path / "first"), copy.deepcopy(first.model)
+    again = dg.gate(first.model, "heads", example_inputs=x)
+    assert len(dg.groups(again)) == 2
+    with torch.no_grad():
+        gated_tensors(again)[0].gates.gamma[dead] = 0
+    second = dg.export(again, x, rewrite=False, latency=False)
+    small = second.model
+    assert second.report.removed == 1
+    shapes = {n: tuple(p.shape) for n, p in small.attention.named_parameters() if n.endswith("weight")}
+    assert shapes == {"q.weight": (8, 32), "k.weight": (8, 32), "v.weight": (8, 32), "out.weight": (32, 8)}
+    expected = again(x)
+    assert torch.allclose(small(x), expected, atol=1e-5)
+    loaded = dg.load(dg.save(second, tmp_path / "second"), dg.load(saved, Reader()))
+    empty = copy.deepcopy(small).to("meta")
+    empty.load_state_dict(small.state_dict(), assign=True)
+    for other in (pickle.loads(pickle.dumps(small)), loaded.eval(), empty, dg.expand(second, copied, x)):
+        assert torch.allclose(other(x), expected, atol=1e-5)
+    third = dg.export(dg.gate(small, "neurons", include="head.*"), x, latency=False).model
+    assert torch.allclose(third(x), expected, atol=1e-5)
+
+
 class Adapted(nn.Module):
     """An adapter of a layer, of the sizes that the layer names."""
 

@@ -199,8 +199,9 @@ def _move(
 @demand.register
 def _(family: Indexing, node: Node, w: Vectors) -> None:
     places = family.moved
-    if family.each:
-        _demand_elementwise(w, family, node)
+    alone = _demand_hooked if w.facts.is_hooked(family) else _demand_elementwise if family.each else None
+    if alone is not None:
+        alone(w, family, node)
         return
     for n in family.indices:
         w.keep_whole(n, NEEDED)
@@ -223,6 +224,24 @@ def _(family: Indexing, node: Node, w: Vectors) -> None:
                     w.link(n, axis, node, axis)
     elif not all(w.full(n) for n in (*places, node)):
         _move(w, node, places, [node], broadcast=[n for n in places[1:] if math.prod(shape_of(n)) == 1])
+
+
+def _demand_hooked(w: Vectors, family: Indexing, node: Node) -> None:
+    """Let the indices of a hook of an earlier export go with what they name; what it spreads that over stays."""
+    [index], [axis], source = family.indices, family.axes, family.source
+    for other in (a for a in range(len(w.keep[node])) if a != axis):
+        for n in family.moved:
+            w.link(n, other, node, other)
+    said = w.says(node, "an earlier export left this size to the code around it")
+    w.keep_axis(family.x, axis, said)
+    if source is None:
+        w.link(index, 0, node, axis)
+        return
+    w.keep_axis(node, axis, said)
+    differs = project(w.facts.live[source] & w.facts.nonzero_constant(source), axis)
+    beneath = project(w.facts.live[node] & (w.facts.values[family.x] != 0), axis)
+    w.grow(source, axis, differs | beneath[w.facts.values[index]], said)
+    w.link(index, 0, source, axis)
 
 
 _WRITES = ("slice_scatter", "select_scatter", "copy")

@@ -99,6 +99,12 @@ class Facts(Constants):
                     found.add(node)
         return frozenset(found)
 
+    def is_hooked(self, family: Indexing) -> bool:
+        """Tell whether a hook that an earlier export left picks or writes, at places in a buffer of its own."""
+        source = self.trace.sources.get(family.indices[0]) if len(family.indices) == len(family.axes) == 1 else None
+        own = source is not None and source.kind == "buffer" and source.name.rpartition(".")[2] in HOOK_BUFFERS
+        return own and not family.adds
+
     def takes_part(self, node: Node, n: Node, axis: int, out: Node, out_axis: int) -> bool:
         """Tell whether an operation needs part of an operand only, of which others need more.
 
@@ -445,6 +451,10 @@ def makes(node: Node) -> bool:
     """Tell whether a node makes a tensor that is the same everywhere, of a size that the code may read off a module."""
     name = op_name(node).removeprefix("new_")
     return node.op == "call_function" and name in ("zeros", "ones", "full", "scalar_tensor")
+
+
+HOOK_BUFFERS = ("_kept", "_read")
+"""The names under which layers that compute, or read, some channels only hold which."""
 
 
 def _reached(family: Contraction, shape: list[int], weight: Tensor, live: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -59,6 +59,12 @@ class Scatter:
             hook.__dict__["constants"] = layer._filled
         layer.register_forward_hook(hook)
         self.name_size(layer)
+
+    def following(self, layer: nn.Module) -> Scatter:
+        """Return the hook of a layer whose buffer may hold less than it did."""
+        hook = copy.copy(self)
+        hook.__dict__["kept"] = _places(layer, "_kept", self.kept)
+        return hook
 
     def name_size(self, layer: nn.Module) -> None:
         """Let a layer name as many outputs as it gives, which adapters and code around it go by."""
@@ -109,6 +115,10 @@ class Picked:
         layer.register_forward_pre_hook(self, with_kwargs=True)
         self.name_size(layer)
 
+    def following(self, layer: nn.Module) -> Picked:
+        """Return the hook of a layer whose buffer may hold less than it did."""
+        return replace(self, read=_places(layer, "_read", self.read))
+
     def name_size(self, layer: nn.Module) -> None:
         """Let a layer name as many inputs as it takes."""
         _name(layer, ("in_features", "in_channels", "nx"), self.count)
@@ -125,6 +135,11 @@ class Picked:
         return x.index_select(self.axis, _held(layer, "_read", self.read).to(x.device))
 
 
+def _places(layer: nn.Module, name: str, otherwise: list[int]) -> list[int]:
+    held = layer._buffers.get(name)
+    return otherwise if held is None or held.is_meta else held.tolist()
+
+
 def _name(layer: nn.Module, names: Collection[str], size: int) -> None:
     for name in names:
         if name in layer.__dict__:
@@ -132,10 +147,12 @@ def _name(layer: nn.Module, names: Collection[str], size: int) -> None:
 
 
 def name_sizes(layer: nn.Module) -> None:
-    """Let a layer name the sizes that its hooks make of those of its weight."""
-    for hook in (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()):
-        if isinstance(hook, Scatter | Picked):
-            hook.name_size(layer)
+    """Let a layer name the sizes that its hooks make of those of its weight, and those know what they spread."""
+    for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
+        for key, hook in hooks.items():
+            if isinstance(hook, Scatter | Picked):
+                hooks[key] = hook.following(layer)
+                hook.name_size(layer)
 
 
 def held_by_code(widths: Widths, layers: Mapping[Node, str]) -> set[str]:
