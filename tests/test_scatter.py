@@ -261,6 +261,21 @@ def test_what_dies_later_in_layers_that_scatter_and_pick_goes_too(dead: list[int
     assert torch.allclose(third(x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_constants_of_what_dies_later_stay_what_they_were(seed: int) -> None:
+    _, layer, x = CASES["conv"]
+    first = dg.export(partly_dead(Residual, layer, bias=True), x, latency=False)
+    copied = copy.deepcopy(first.model)
+    again = dg.gate(first.model, "filters", example_inputs=x)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for gates in {id(t.gates): t.gates for t in gated_tensors(again)}.values():
+            gates.gamma[torch.rand(gates.num_groups, generator=generator) < 0.4] = 0
+    second = dg.export(again, x, latency=False)
+    for net in (second.model, dg.expand(second, copied, x)):
+        assert torch.allclose(net(x), again(x), atol=1e-5)
+
+
 class Adapted(nn.Module):
     """An adapter of a layer, of the sizes that the layer names."""
 

@@ -238,8 +238,8 @@ def _demand_hooked(w: Vectors, family: Indexing, node: Node) -> None:
         w.link(index, 0, node, axis)
         return
     w.keep_axis(node, axis, said)
-    differs = project(w.facts.live[source] & w.facts.nonzero_constant(source), axis)
-    beneath = project(w.facts.live[node] & (w.facts.values[family.x] != 0), axis)
+    differs = project(w.facts.nonzero_constant(source), axis)
+    beneath = project(w.facts.values[family.x] != 0, axis)
     w.grow(source, axis, differs | beneath[w.facts.values[index]], said)
     w.link(index, 0, source, axis)
 

@@ -18,6 +18,7 @@ from ..tracing.settings import full_precision
 from .api import Exported
 from .copies import flatten_
 from .cuts import Cut
+from .facts import HOOK_BUFFERS
 from .files import derived_buffers, misfits
 from .masks import on_axis, project
 from .plan import Plan
@@ -95,6 +96,8 @@ def expand(
         for first, *others in names.values():
             known = next((held[n] for n in (first, *others) if n in held), None)
             cut = plan.cuts.get(first)
+            if cut is not None and first.rpartition(".")[2] in HOOK_BUFFERS:
+                continue  # the places that a hook of the model itself names
             if known is not None and cut is not None and first in derived and known.shape != cut.kept_shape:
                 continue  # the code has made another table since, for longer inputs
             value = (

@@ -21,7 +21,7 @@ from .demands import norms
 from .facts import Facts
 from .recipes import Recipe
 from .rewritten import Rewritten, rewritten
-from .scatter import Picked, Scatter, filled_name, find_picks, find_scatters, name_sizes
+from .scatter import Picked, Scatter, filled_name, find_picks, find_scatters, is_hooked, name_sizes
 from .selection import SelectInputs
 from .vectors import Columns
 from .widths import Fold, Widths
@@ -330,11 +330,11 @@ class Permissions:
 
     @functools.cached_property
     def scattering(self) -> dict[Node, str]:
-        """Return the stock layer behind each contraction that may compute or read some channels only."""
+        """Return the stock layer behind each contraction that may compute or read some channels only from now on."""
         found: dict[Node, str] = {}
         for node, family in self._families.items():
             held = self._owner(family.weight) if isinstance(family, Contraction) and family.groups == 1 else None
-            if held is not None and all(owner(u) == held[0] for u in family.weight.users):
+            if held is not None and all(owner(u) == held[0] for u in family.weight.users) and not is_hooked(held[1]):
                 found[node] = held[0]
         return found
 

@@ -155,6 +155,12 @@ def name_sizes(layer: nn.Module) -> None:
                 hook.name_size(layer)
 
 
+def is_hooked(layer: nn.Module) -> bool:
+    """Tell whether a layer computes or reads some channels only, since an earlier export."""
+    hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+    return any(isinstance(h, Scatter | Picked) for h in hooks)
+
+
 def held_by_code(widths: Widths, layers: Mapping[Node, str]) -> set[str]:
     """Return the layers around which something dead stays for the user's code only."""
     written, found = torch.tensor(sorted(widths.written), dtype=torch.int64), set[str]()
