@@ -32,10 +32,7 @@ def find_dead(facts: Facts) -> list[Branch]:
     A module is dead if it computes with the inputs, has parameters, and each of its results is a known constant, or not
     needed for any output of the model.
     """
-    spans: dict[str, set[Node]] = {}
-    for node in facts.nodes:
-        for path in owners(node).values() if node.op == "call_function" else ():
-            spans.setdefault(path, set()).add(node)
+    spans = _spans(facts)
     layers = _layers(facts)
     dead = [p for p, span in spans.items() if p and _is_dead(facts, span) and any(_within(n, p) for n in layers)]
     outermost = [p for p in dead if not any(_within(p, other) and p != other for other in dead)]
@@ -49,15 +46,19 @@ def find_dead(facts: Facts) -> list[Branch]:
     return [*(Branch(tuple(paths), meets) for meets, paths in found.items()), *alone]
 
 
-def beside_others(facts: Facts) -> frozenset[Node]:
-    """Return the nodes of dead modules all of whose results lie beside others only: they need give nothing at all."""
-    spans: dict[str, set[Node]] = {p: set() for branch in find_dead(facts) for p in branch.paths}
+def _spans(facts: Facts) -> dict[str, set[Node]]:
+    """Return the operations of every module, with those of the modules in it."""
+    spans: dict[str, set[Node]] = {}
     for node in facts.nodes:
         for path in owners(node).values() if node.op == "call_function" else ():
-            if path in spans:
-                spans[path].add(node)
-    found: set[Node] = set()
-    for span in spans.values():
+            spans.setdefault(path, set()).add(node)
+    return spans
+
+
+def beside_others(facts: Facts) -> frozenset[Node]:
+    """Return the nodes of dead modules all of whose results lie beside others only: they need give nothing at all."""
+    spans, found = _spans(facts), set[Node]()
+    for span in (spans.get(p, set[Node]()) for branch in find_dead(facts) for p in branch.paths):
         users = {u for n in span for u in n.users if u not in span}
         if users and all(op_name(u) == "cat" for u in users):
             found |= span

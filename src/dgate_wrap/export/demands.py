@@ -77,10 +77,10 @@ def _(family: Mixing, node: Node, w: Vectors) -> None:
             mixed = False
             _demand_whole_groups(w, family, node)
         elif mixed and family.averages and (w.allowed.rewrite or w.allowed.can_rescale(node)):
-            _keep_nonzero(w, family.x, axis, node)
+            _keep_nonzero(w, family, axis, node)
             mixed = family.kind == "reduction"
         elif mixed and family.keeps_zero and family.kind == "reduction":
-            _keep_nonzero(w, family.x, axis, node)
+            _keep_nonzero(w, family, axis, node)
         elif mixed:
             says = w.written_down if family.averages else w.says
             w.keep_axis(family.x, axis, says(node, "the operation works over the whole axis"))
@@ -112,21 +112,19 @@ def _regroups(w: Vectors, node: Node) -> bool:
     return w.allowed.rewrite or w.allowed.can_regroup(node) or w.follows(node)
 
 
-def _keep_nonzero(w: Vectors, x: Node, axis: int, node: Node) -> None:
+def _keep_nonzero(w: Vectors, family: Mixing, axis: int, node: Node) -> None:
     """Keep what adds a constant to a sum along an axis, if nothing that is added beside it can hold it."""
-    family = w.facts.families[node]
-    if isinstance(family, Mixing) and can_add(w, family, node):
+    if can_add(w, family, node):
         return
     if all(bool(k.any()) for o in w.facts.outputs(node) for k in w.keep[o]):
-        adds = project(w.facts.nonzero_constant(x), axis)
-        says = w.written_down if isinstance(family, Mixing) and _is_plain_sum(family, node) else w.says
-        w.grow(x, axis, adds, says(node, "it adds a constant to a sum"))
+        adds = project(w.facts.nonzero_constant(family.x), axis)
+        says = w.written_down if _is_plain_sum(family, node) else w.says
+        w.grow(family.x, axis, adds, says(node, "it adds a constant to a sum"))
 
 
 def can_add(w: Vectors, family: Mixing, node: Node) -> bool:
     """Tell whether constants can be added beside the terms of a sum: by a parameter, or in a forward written anew."""
-    held = w.allowed.can_carry(node) and w.facts.addend(node) is not None
-    return _is_plain_sum(family, node) and (held or w.allowed.rewrite)
+    return _is_plain_sum(family, node) and (w.allowed.rewrite or w.allowed.can_carry(node))
 
 
 def _is_plain_sum(family: Mixing, node: Node) -> bool:
